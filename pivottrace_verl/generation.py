@@ -1,0 +1,159 @@
+"""One vLLM engine outside of training: seeded rollouts, with their attention traces if asked for.
+
+Contract: a request carries its own sampling seed, so what it generates does not depend on what
+else is in the batch (up to floating-point ties). Used by `scoring` and `evaluation`; in training
+the rollouts come from verl's servers.
+Axes: T generated tokens of a rollout.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from uuid import uuid4
+
+from pivottrace_verl.errors import PivotTraceError
+from pivottrace_verl.plugin import disabled
+
+if TYPE_CHECKING:
+    from pivottrace_verl.attention.channel import Trace
+    from pivottrace_verl.attention.config import CaptureConfig
+
+
+@dataclass(frozen=True)
+class Request:
+    """One rollout to generate."""
+
+    prompt_ids: list[int]
+    seed: int
+    temperature: float = 1.0
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One generated rollout."""
+
+    token_ids: list[int]
+    text: str
+    truncated: bool
+    logprob_mean: float
+    """Mean log-probability of the generated tokens, in nats."""
+    trace: Trace | None
+    """None if capture was off or the trace did not arrive in time."""
+
+
+class Engine:
+    """A vLLM engine, closed by the `with` statement.
+
+    `max_tokens` bounds every rollout; the context is prompt plus that. On a CPU build the engine
+    runs in float32 and eagerly; elsewhere vLLM's defaults hold.
+    """
+
+    def __init__(
+        self,
+        model: Path,
+        *,
+        max_prompt_tokens: int,
+        max_tokens: int,
+        capture: CaptureConfig | None = None,
+        max_num_seqs: int = 256,
+        trace_timeout: float = 30.0,
+    ) -> None:
+        if capture is not None and disabled():
+            raise PivotTraceError(
+                "PIVOTTRACE_DISABLE=1 switches attention capture off, so nothing can be scored; "
+                "unset it to use this command."
+            )
+        self._receiver: Any = None
+        self._timeout = trace_timeout
+        self._max_tokens = max_tokens
+        self._model = str(model)
+        self._options: dict[str, Any] = {
+            "max_model_len": max_prompt_tokens + max_tokens,
+            "max_num_seqs": max_num_seqs,
+            "disable_log_stats": True,
+        }
+        self._capture = capture
+        self._llm: Any = None
+
+    def __enter__(self) -> Engine:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        if self._capture is not None:
+            from pivottrace_verl.attention.channel import Receiver
+
+            # Before the engine: its processes inherit the endpoint from the environment.
+            self._receiver = Receiver(self._capture)
+            self._receiver.start()
+        from vllm import LLM
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+            self._options.update(dtype="float32", enforce_eager=True)
+        self._llm = LLM(model=self._model, **self._options)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._llm is not None:
+            self._llm.llm_engine.engine_core.shutdown()
+            self._llm = None
+        if self._receiver is not None:
+            self._receiver.close()
+            self._receiver = None
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        return self._llm.get_tokenizer()
+
+    def chat_ids(self, messages: list[dict[str, str]]) -> list[int]:
+        """Token ids of a chat prompt, ready to be continued by the assistant."""
+        ids = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, tokenize=True, return_dict=False
+        )
+        return list(ids)
+
+    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
+        """Generate all requests; the results are in their order."""
+        from vllm import SamplingParams
+        from vllm.inputs import TokensPrompt
+
+        run = uuid4().hex[:8]
+        keys = [f"{run}-{i}" for i in range(len(requests))]
+        params = [
+            SamplingParams(
+                temperature=request.temperature,
+                seed=request.seed,
+                max_tokens=self._max_tokens,
+                logprobs=0,
+                extra_args={"pivottrace": {"key": key}} if self._receiver is not None else None,
+            )
+            for request, key in zip(requests, keys, strict=True)
+        ]
+        outputs = self._llm.generate(
+            [TokensPrompt(prompt_token_ids=request.prompt_ids) for request in requests],
+            params,
+            use_tqdm=False,
+        )
+        return [
+            self._rollout(output.outputs[0], key) for output, key in zip(outputs, keys, strict=True)
+        ]
+
+    def _rollout(self, completion: Any, key: str) -> Rollout:
+        ids = list(completion.token_ids)
+        trace = None
+        if self._receiver is not None:
+            trace = self._receiver.get(key, n_tokens=len(ids), timeout=self._timeout)
+        logprobs = [step[token].logprob for token, step in zip(ids, completion.logprobs)]
+        return Rollout(
+            token_ids=ids,
+            text=completion.text,
+            truncated=completion.finish_reason == "length",
+            logprob_mean=sum(logprobs) / max(len(logprobs), 1),
+            trace=trace,
+        )

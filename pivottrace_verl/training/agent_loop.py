@@ -1,0 +1,178 @@
+"""The group hook: verl's agent-loop worker, holding each prompt's rollouts until all are judged.
+
+Contract: verl runs the sessions of one prompt as coroutines of one worker. Here each session is
+scored by verl's own reward workers, then waits for its siblings; the group is judged once
+(`groups.judge`), every session gets its reward and a record of it under
+`extra_fields["pivottrace"]`, and verl publishes them as it always does. A session that fails
+leaves the group, so nobody waits for it for ever. Validation passes through untouched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from typing import Any
+from uuid import uuid4
+
+import ray
+from verl.experimental.agent_loop import AgentLoopOutput
+from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
+
+from pivottrace_verl.answers import get_answers
+from pivottrace_verl.training.groups import Verdict, VotePolicy, judge
+
+# verl exports the Ray actor class; its methods live on the class underneath.
+_Worker = AgentLoopWorkerTQ.__ray_metadata__.modified_class
+
+
+class Group:
+    """The rollouts of one prompt on their way to one verdict."""
+
+    def __init__(self, size: int) -> None:
+        self._waiting_for = size
+        self._arrived: dict[int, AgentLoopOutput] = {}
+        self._complete = asyncio.Event()
+        self._verdict: asyncio.Task[Verdict] | None = None
+
+    def arrive(self, session: int, output: AgentLoopOutput) -> None:
+        """A scored rollout is in."""
+        self._arrived[session] = output
+        self._count_down()
+
+    def leave(self, session: int) -> None:
+        """A session failed; the others vote without it."""
+        if session not in self._arrived:
+            self._count_down()
+
+    def _count_down(self) -> None:
+        self._waiting_for -= 1
+        if self._waiting_for <= 0:
+            self._complete.set()
+
+    async def reward(self, session: int, *, labeled: bool, kind: Any, policy: VotePolicy) -> tuple[
+        float, Verdict
+    ]:
+        """This session's reward and the verdict it comes from, once the group is complete."""
+        await self._complete.wait()
+        order = sorted(self._arrived)
+        if self._verdict is None:
+            infos = [self._arrived[s].extra_fields["reward_extra_info"] for s in order]
+            self._verdict = asyncio.ensure_future(
+                # Equivalence of mathematical answers can take milliseconds: off the event loop.
+                asyncio.to_thread(
+                    judge,
+                    [info["pred"] or None for info in infos],
+                    [float(info["score"]) for info in infos],
+                    labeled=labeled,
+                    kind=kind,
+                    policy=policy,
+                )
+            )
+        verdict = await self._verdict
+        return verdict.rewards[order.index(session)], verdict
+
+
+class PivotAgentLoopWorker(_Worker):
+    """verl's worker with the group hook and the opt-in for capture."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        settings = self.config.pivottrace
+        self._kind = get_answers(settings.answers)
+        self._policy = VotePolicy(**settings.vote)
+        self._weights = dict(settings.weights)
+        self._capture = bool(settings.capture.enable)
+        self._seed: int | None = settings.request_seed
+        self._groups: dict[str, Group] = {}
+
+    async def _run_prompt(
+        self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False
+    ) -> None:
+        if trajectory["validate"]:
+            await super()._run_prompt(prompt, sampling_params, trajectory, trace)
+            return
+        uid = prompt["uid"]
+        size = prompt.get("__rollout_n__", self.config.actor_rollout_ref.rollout.n)
+        self._groups[uid] = Group(int(size))
+        try:
+            await super()._run_prompt(prompt, sampling_params, trajectory, trace)
+        finally:
+            del self._groups[uid]
+
+    async def _run_agent_loop(
+        self,
+        sampling_params: dict[str, Any],
+        trajectory: dict[str, Any],
+        *,
+        agent_name: str,
+        trace: bool = True,
+        **kwargs: Any,
+    ) -> Any:
+        if trajectory["validate"]:
+            return await super()._run_agent_loop(
+                sampling_params, trajectory, agent_name=agent_name, trace=trace, **kwargs
+            )
+        session = kwargs["session_id"]
+        params = dict(sampling_params)
+        if self._capture:
+            key = {"key": f"{kwargs['uid']}-{session}-{uuid4().hex[:8]}"}
+            params["extra_args"] = {**(params.get("extra_args") or {}), "pivottrace": key}
+        if self._seed is not None:
+            pt_id = kwargs["extra_info"]["pt_id"]
+            params["seed"] = request_seed(self._seed, pt_id, trajectory["step"], session)
+        try:
+            return await super()._run_agent_loop(
+                params, trajectory, agent_name=agent_name, trace=trace, **kwargs
+            )
+        except BaseException:
+            self._groups[kwargs["uid"]].leave(session)
+            raise
+
+    async def _agent_loop_postprocess(
+        self, output: AgentLoopOutput | list[AgentLoopOutput], validate: bool, **kwargs: Any
+    ) -> None:
+        outputs = output if isinstance(output, list) else [output]
+        if not validate and outputs:
+            await self._judge(outputs, kwargs)
+        elif not validate:
+            self._groups[kwargs["uid"]].leave(kwargs["session_id"])
+        await super()._agent_loop_postprocess(output, validate, **kwargs)
+
+    async def _judge(self, outputs: list[AgentLoopOutput], kwargs: dict[str, Any]) -> None:
+        group, session = self._groups[kwargs["uid"]], kwargs["session_id"]
+        info = kwargs["extra_info"]
+        await self._compute_score(outputs, kwargs=kwargs)
+        final = outputs[-1]
+        group.arrive(session, final)
+        reward, verdict = await group.reward(
+            session, labeled=info["labeled"], kind=self._kind, policy=self._policy
+        )
+        final.reward_score = reward
+        # `score` and `acc` are what verl logs and filters groups by: they follow the reward used.
+        final.extra_fields["reward_extra_info"].update(score=reward, acc=reward)
+        traced = final.extra_fields.pop("pivottrace", None) or {"traced": False}
+        final.extra_fields["pivottrace"] = {
+            **traced,
+            "pt_id": info["pt_id"],
+            "route": info["route"],
+            "weight": float(self._weights[info["route"]]),
+            "reward": reward,
+            "outcome": verdict.outcome,
+            "agreement": verdict.agreement,
+            "majority_right": verdict.majority_right,
+            "n_tokens": len(final.response_ids),
+        }
+
+
+def request_seed(seed: int, pt_id: str, step: int, session: int) -> int:
+    """A sampling seed in [0, 2**31) that depends on what is sampled, not on when it is."""
+    digest = hashlib.sha256(f"{seed}/{pt_id}/{step}/{session}".encode()).digest()
+    return int.from_bytes(digest[:4], "big") >> 1
+
+
+class PivotAgentLoopManager(AgentLoopManagerTQ):
+    """verl's manager, starting our workers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.agent_loop_workers_class = ray.remote(PivotAgentLoopWorker)

@@ -1,0 +1,125 @@
+"""`python -m pivottrace_verl.training.main_ppo`: verl's `main_ppo` with PivotTrace switched on.
+
+Every verl option stays overridable; ours live in the `pivottrace:` block of
+`config/pivottrace_trainer.yaml`. With `PIVOTTRACE_DISABLE=1` this runs stock verl on the same
+configuration, which is refused if some prompts have no label, because stock verl cannot vote.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+import hydra
+import ray
+from omegaconf import DictConfig, open_dict
+from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
+from verl.trainer.ppo.utils import need_critic, need_reference_policy
+from verl.utils.config import validate_config
+from verl.utils.device import auto_set_device
+
+from pivottrace_verl.errors import PivotTraceError
+from pivottrace_verl.plugin import disabled
+
+_Runner = TaskRunnerV1.__ray_metadata__.modified_class
+
+
+class PivotTaskRunner(_Runner):
+    """verl's task runner; its process knows our trainer and our rollout replica."""
+
+    def run(self, config: DictConfig) -> None:
+        from verl.trainer.ppo.v1 import trainer_base
+        from verl.workers.rollout.replica import RolloutReplicaRegistry
+
+        from pivottrace_verl.training.server import PivotReplica
+        from pivottrace_verl.training.trainer import PivotTrainerSync
+
+        # Only in this process, which runs nothing but this training: verl compares names such as
+        # "vllm" and "sync" in many places, so the names stay and the classes behind them change.
+        RolloutReplicaRegistry.register("vllm", lambda: PivotReplica)
+        trainer_base.TRAINER_REGISTRY["sync"] = PivotTrainerSync
+        super().run(config)
+
+
+def check(config: DictConfig) -> None:
+    """Refuse settings under which the triage curriculum or the vote would quietly not happen."""
+    rollout = config.actor_rollout_ref.rollout
+    for wrong, sentence in (
+        (not config.trainer.use_v1, "trainer.use_v1 must be true: PivotTrace extends verl's V1 trainer."),
+        (
+            config.trainer.v1.trainer_mode != "sync",
+            f"trainer.v1.trainer_mode is {config.trainer.v1.trainer_mode!r}; only 'sync' is "
+            "supported by this version of PivotTrace.",
+        ),
+        (
+            rollout.name != "vllm",
+            f"actor_rollout_ref.rollout.name is {rollout.name!r}; attention is captured in vLLM only.",
+        ),
+        (
+            bool(config.reward.reward_model.enable),
+            "reward.reward_model.enable must be false: votes are taken over extracted answers.",
+        ),
+        (
+            rollout.n < 2,
+            f"actor_rollout_ref.rollout.n is {rollout.n}; a vote needs at least 2 rollouts.",
+        ),
+        (
+            config.pivottrace.capture.enable and config.pivottrace.detector.tau is None,
+            "pivottrace.detector.tau is not set: take the detector that `pivottrace score` froze "
+            "in manifest.json, or set pivottrace.capture.enable=false.",
+        ),
+    ):
+        if wrong:
+            raise PivotTraceError(sentence)
+
+
+def stock(config: DictConfig) -> DictConfig:
+    """The same configuration for stock verl: our hooks taken out."""
+    import pyarrow.parquet as pq
+
+    files = config.data.train_files
+    unlabeled = 0
+    for file in [files] if isinstance(files, str) else files:
+        labels = pq.read_table(file, columns=["reward_model"])["reward_model"].to_pylist()
+        unlabeled += sum(row is None or row["ground_truth"] is None for row in labels)
+    if unlabeled:
+        raise PivotTraceError(
+            f"PIVOTTRACE_DISABLE=1 asks for stock verl, but {unlabeled} training prompts have no "
+            "label and stock verl cannot train on them."
+        )
+    with open_dict(config):
+        config.actor_rollout_ref.rollout.agent.agent_loop_manager_class = None
+        config.actor_rollout_ref.rollout.custom = None
+    return config
+
+
+def run(config: DictConfig) -> None:
+    """Validate and run one training job to its end."""
+    auto_set_device(config)
+    validate_config(
+        config=config,
+        use_reference_policy=need_reference_policy(config),
+        use_critic=need_critic(config),
+    )
+    if disabled():
+        run_ppo(stock(config), task_runner_class=TaskRunnerV1)
+        return
+    check(config)
+    runner: Any = ray.remote(PivotTaskRunner)
+    run_ppo(config, task_runner_class=runner)
+
+
+@hydra.main(config_path="config", config_name="pivottrace_trainer", version_base=None)
+def main(config: DictConfig) -> None:
+    """Hydra's entry: print our own refusals as one sentence."""
+    try:
+        run(config)
+    except PivotTraceError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.stderr.flush()
+        os._exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""verl's vLLM server, returning the attention trace's summary with each rollout that asked for it.
+
+The engine's workers push raw traces to this process (`attention.channel`); here pivots are found
+with the run's frozen detector, and only a few numbers travel on through
+`TokenOutput.extra_fields["pivottrace"]`. A trace that does not arrive within the bounded wait is
+reported as `traced: False`, never invented.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from omegaconf import OmegaConf
+from verl.workers.rollout.replica import TokenOutput
+from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+
+from pivottrace_verl.attention.channel import Receiver, Trace
+from pivottrace_verl.attention.config import CaptureConfig
+from pivottrace_verl.pivots import DetectorConfig, find_pivots
+
+
+class PivotVLLMServer(vLLMHttpServer):
+    """One rollout engine's server."""
+
+    async def launch_server(self, *args: Any, **kwargs: Any) -> Any:
+        settings = self.config.custom["pivottrace"]
+        if not isinstance(settings, dict):
+            settings = OmegaConf.to_container(settings, resolve=True)
+        capture = dict(settings["capture"])
+        self._pt_receiver: Receiver | None = None
+        self._pt_timeout = float(capture.pop("timeout_s"))
+        self._pt_detector = DetectorConfig.from_dict(settings["detector"])
+        if capture.pop("enable"):
+            # Before the engine starts: its processes inherit the endpoint from the environment.
+            self._pt_receiver = Receiver(CaptureConfig.from_dict(capture))
+            self._pt_receiver.start()
+        return await super().launch_server(*args, **kwargs)
+
+    async def generate(
+        self, prompt_ids: Any, sampling_params: dict, request_id: str, **kwargs: Any
+    ) -> TokenOutput:
+        asked = (sampling_params.get("extra_args") or {}).get("pivottrace")
+        output = await super().generate(prompt_ids, sampling_params, request_id, **kwargs)
+        if asked and self._pt_receiver is not None and output.token_ids:
+            trace = await self._pt_receiver.aget(
+                asked["key"], n_tokens=len(output.token_ids), timeout=self._pt_timeout
+            )
+            output.extra_fields["pivottrace"] = summarise(trace, self._pt_detector)
+        return output
+
+
+def summarise(trace: Trace | None, detector: DetectorConfig) -> dict[str, Any]:
+    """What a rollout carries of its trace: `traced`, `pivots`, `pivot_density`, `entropy`."""
+    if trace is None:
+        return {"traced": False}
+    pivots = find_pivots(trace.stats, detector)
+    return {
+        "traced": True,
+        "pivots": len(pivots),
+        "pivot_density": len(pivots) / len(trace.stats),
+        "entropy": float(trace.token_entropy.mean()),
+    }
+
+
+class PivotReplica(vLLMReplica):
+    """verl's vLLM replica, starting our server class."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.server_class = ray.remote(PivotVLLMServer)
