@@ -1,0 +1,48 @@
+# Two commands matter: `make quickstart` and `make test`. Both install what they need into .venv.
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+RUN ?= runs/quickstart
+
+.PHONY: quickstart test test-slow lint types imports unit e2e install clean
+
+quickstart: $(STAMP)
+	$(PY) recipes/quickstart/run.py --run $(RUN)
+
+test: lint types imports unit e2e
+
+install: $(STAMP)
+
+# Reinstalled only when the pins or the package's metadata change.
+$(STAMP): requirements/cpu.txt pyproject.toml
+	$(PYTHON) -c "import sys; v = sys.version_info[:2]; sys.exit(None if v in ((3, 11), (3, 12)) else 'error: Python 3.11 or 3.12 is needed, this is %d.%d; set PYTHON=python3.11' % v)"
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "installing the pinned CPU environment into $(VENV) (about 4.5 GB, a few minutes)"
+	$(PY) -m pip install --disable-pip-version-check -q --no-deps -r requirements/cpu.txt
+	$(PY) -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
+	$(PY) -c "import torch, sys; sys.exit('error: a CUDA build of torch was installed; see requirements/cpu.txt' if torch.version.cuda else None)"
+	touch $(STAMP)
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(STAMP)
+	$(VENV)/bin/mypy
+
+imports: $(STAMP)
+	$(VENV)/bin/lint-imports
+
+unit: $(STAMP)
+	$(PY) -m pytest -m "not e2e and not slow"
+
+e2e: $(STAMP)
+	$(PY) -m pytest -m "e2e and not slow"
+
+# Long comparisons of real verl runs (tens of minutes); not part of `make test`.
+test-slow: $(STAMP)
+	$(PY) -m pytest -m slow
+
+clean:
+	rm -rf runs .mypy_cache .ruff_cache .pytest_cache .hypothesis
