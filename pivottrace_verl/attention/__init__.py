@@ -1,0 +1,15 @@
+"""Row statistics of attention for every generated token, captured while vLLM generates.
+
+`config` what to capture, `channel` how traces travel from the engine to its owner, `vllm_hooks`
+what is wrapped inside vLLM, `store` where rows wait for their request to finish, `reference` the
+mathematics in torch, `replay` the same statistics from a Hugging Face model, `selftest` the proof
+that both agree on this machine. The shortest use:
+
+    receiver = Receiver(CaptureConfig())
+    receiver.start()                                  # before the engine is made
+    llm = vllm.LLM(...)
+    llm.generate(prompt, SamplingParams(extra_args={"pivottrace": {"key": "a"}}))
+    trace = receiver.get("a", timeout=5.0)            # trace.stats [T, L, H, F]
+
+Axes: T generated tokens, L traced layers, H head groups, F features (`pivots.FEATURES`).
+"""

@@ -1,0 +1,212 @@
+"""The row statistics in torch: a dense definition, and the paged form the CPU backend runs.
+
+One row is the attention of one query at absolute position t over the keys s <= t of its request.
+`dense_statistics` writes the definitions down as sums over a probability matrix (the oracle);
+`row_statistics` reads keys through a block table, for a ragged batch of rows at once.
+
+All distance statistics are sums of probability over a range of keys, so they are read off one
+cumulative sum. It runs from the newest key to the oldest: what is left when the sink is taken out
+is then summed on its own and keeps its relative accuracy however large the sink is.
+`sum A min(t-s, W)` is the sum over w = 1..W of the mass at distance >= w.
+
+Axes: N rows, H query heads, S keys, D head size, F features in the order of `pivots.FEATURES`.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from pivottrace_verl.attention.config import CaptureConfig
+from pivottrace_verl.pivots import FEATURES
+
+N_BUCKETS = 16
+TINY = 1e-6
+"""A share of attention at or below this is no denominator; the ratio is then 0."""
+MASKED = -1e30
+"""Score of a masked key: exp gives 0 and 0 * MASKED stays finite, which -inf would not."""
+CHUNK_ELEMENTS = 1 << 25
+"""Most key elements copied at once, so that long contexts do not double the memory."""
+
+
+def dense_statistics(
+    probabilities: torch.Tensor,
+    lse: torch.Tensor,
+    positions: torch.Tensor,
+    prompt_length: int,
+    config: CaptureConfig,
+) -> torch.Tensor:
+    """The definitions, term by term, from softmax rows.
+
+    Args:
+        probabilities: [H, N, S] softmax rows; keys beyond a row's position hold 0.
+        lse: [H, N] log-sum-exp of the scaled scores.
+        positions: [N] absolute position t of each query.
+        prompt_length: P.
+    Returns:
+        [N, H, F] float64.
+    """
+    a = probabilities.double()
+    t = positions.to(torch.long)[:, None]
+    s = torch.arange(a.shape[-1])[None, :]
+    distance, seen = t - s, s <= t
+    clipped = distance.clamp(0, config.window).double()
+
+    def mass(keys: torch.Tensor, weight: torch.Tensor | None = None) -> torch.Tensor:
+        chosen = (keys & seen).double()
+        return torch.einsum("hns,ns->hn", a, chosen if weight is None else chosen * weight)
+
+    def ratio(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+        return torch.where(whole > TINY, part / whole.clamp_min(TINY), torch.zeros_like(part))
+
+    no_sink, response, far = s >= config.sink, s >= prompt_length, distance >= config.window
+    sink_mass, response_mass = mass(s < config.sink), mass(response)
+    edges = [0, *(2**b for b in range(N_BUCKETS - 1)), 2**62]
+    features = {
+        "lse": lse.double(),
+        "entropy": torch.special.entr(a).sum(-1),
+        "max_prob": a.amax(-1),
+        "sink_mass": sink_mass,
+        "prompt_mass": mass(s < prompt_length),
+        "long_mass": ratio(mass(no_sink & far), 1 - sink_mass),
+        "distance": ratio(mass(no_sink, clipped), 1 - sink_mass),
+        "response_long_mass": ratio(mass(response & far), response_mass),
+        "response_distance": ratio(mass(response, clipped), response_mass),
+    }
+    for b in range(N_BUCKETS):
+        features[f"bucket_{b}"] = mass((distance >= edges[b]) & (distance < edges[b + 1]))
+    return torch.stack([features[name] for name in FEATURES], dim=-1).transpose(0, 1)
+
+
+def group_heads(statistics: torch.Tensor, groups: tuple[tuple[int, ...], ...]) -> torch.Tensor:
+    """Mean over each group's heads: [N, H, F] -> [N, len(groups), F]."""
+    return torch.stack([statistics[:, list(group)].mean(1) for group in groups], dim=1)
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """What the rows of one step share between layers: which keys, and where the sums are read.
+
+    blocks [N, B] block numbers; masked [N, 1, B * block_size] True beyond the row's position;
+    reads [N, 1, 18 + W] indices into the cumulative sum from the newest key.
+    """
+
+    blocks: torch.Tensor
+    masked: torch.Tensor
+    reads: torch.Tensor
+
+    def slice(self, rows: slice) -> "RowPlan":
+        return RowPlan(self.blocks[rows], self.masked[rows], self.reads[rows])
+
+
+def plan_rows(
+    block_table: torch.Tensor,
+    positions: torch.Tensor,
+    prompt_lengths: torch.Tensor,
+    block_size: int,
+    config: CaptureConfig,
+) -> RowPlan:
+    """The plan of N rows.
+
+    Args:
+        block_table: [N, >= B] block numbers of each row's request.
+        positions: [N] absolute position t of each query.
+        prompt_lengths: [N] P of each row's request.
+    """
+    t = positions.to(torch.long)[:, None]
+    prompt = prompt_lengths.to(torch.long)[:, None]
+    n_blocks = int(t.max()) // block_size + 1
+    n_keys = n_blocks * block_size
+    near = torch.tensor([1 << b for b in range(N_BUCKETS - 1)])
+    within = torch.arange(1, config.window + 1)
+    # First key of each range that is summed up to t; see `_features` for the order.
+    first = torch.cat(
+        [
+            torch.zeros_like(t),
+            (t + 1).clamp(max=config.sink),
+            torch.minimum(prompt, t + 1),
+            t + 1 - near,
+            t + 1 - within,
+        ],
+        dim=1,
+    ).clamp_(min=0)
+    return RowPlan(
+        blocks=block_table[:, :n_blocks].to(torch.long),
+        masked=(torch.arange(n_keys) > t)[:, None],
+        reads=(n_keys - first)[:, None],
+    )
+
+
+def row_statistics(
+    query: torch.Tensor, key_cache: torch.Tensor, plan: RowPlan, scale: float
+) -> torch.Tensor:
+    """Statistics of N rows over paged keys.
+
+    Args:
+        query: [N, H, D] after rotary embedding.
+        key_cache: [n_blocks, H_kv, D, block_size], any strides.
+        plan: `plan_rows` of the same N rows.
+        scale: softmax scale.
+    Returns:
+        [N, H, F] float32.
+    """
+    elements = plan.blocks.shape[1] * key_cache[0].numel()
+    chunk = max(1, CHUNK_ELEMENTS // elements)
+    if query.shape[0] <= chunk:
+        return _chunk_statistics(query, key_cache, plan, scale)
+    parts = []
+    for start in range(0, query.shape[0], chunk):
+        rows = slice(start, start + chunk)
+        parts.append(_chunk_statistics(query[rows], key_cache, plan.slice(rows), scale))
+    return torch.cat(parts)
+
+
+def _chunk_statistics(
+    query: torch.Tensor, key_cache: torch.Tensor, plan: RowPlan, scale: float
+) -> torch.Tensor:
+    n, n_heads, size = query.shape
+    n_blocks, kv_heads, block_size = plan.blocks.shape[1], key_cache.shape[1], key_cache.shape[3]
+    keys = key_cache[plan.blocks].float()
+    q = (query.float() * scale).view(n, 1, kv_heads, n_heads // kv_heads, size)
+    scores = torch.matmul(q, keys)  # [N, B, H_kv, H / H_kv, block_size]
+    scores = scores.permute(0, 2, 3, 1, 4).reshape(n, n_heads, n_blocks * block_size)
+    scores = scores.masked_fill_(plan.masked, MASKED)
+    top = scores.amax(-1, keepdim=True)
+    scores -= top
+    weights = scores.exp()
+    score_sum = (weights * scores).sum(-1)
+    sums = weights.new_zeros(n, n_heads, weights.shape[-1] + 1)
+    torch.cumsum(weights.flip(-1), -1, out=sums[..., 1:])
+    read = sums.gather(-1, plan.reads.expand(n, n_heads, -1))
+    return _features(read, top.squeeze(-1), score_sum)
+
+
+def _features(read: torch.Tensor, top: torch.Tensor, score_sum: torch.Tensor) -> torch.Tensor:
+    """Features from sums of exp(score - top) over key ranges that end at the query.
+
+    `read` holds, in this order, the sum over all keys, over keys past the sink, over response
+    keys, over keys nearer than 1, 2, 4, ... 2^14 tokens, and nearer than 1 .. W tokens.
+    """
+    total, past_sink, response = read[..., 0:1], read[..., 1:2], read[..., 2:3]
+    near, within = read[..., 3 : 2 + N_BUCKETS], read[..., 2 + N_BUCKETS :]
+    log_total = total.log()
+    out = [
+        top[..., None] + log_total,
+        log_total - score_sum[..., None] / total,
+        1 / total,
+        (total - past_sink) / total,
+        (total - response) / total,
+    ]
+    for base in (past_sink, response):
+        beyond = (base - within).clamp_min_(0)  # mass at distance >= w, for w = 1 .. W
+        enough = base / total > TINY
+        part = torch.cat([beyond[..., -1:], beyond.sum(-1, keepdim=True)], -1) / base
+        out.append(torch.where(enough, part, torch.zeros_like(part)))
+    out.append(
+        torch.diff(
+            torch.cat([near, total], -1),
+            dim=-1,
+            prepend=near.new_zeros(()).expand(*near.shape[:-1], 1),
+        )
+        / total
+    )
+    return torch.cat(out, -1)

@@ -1,0 +1,184 @@
+"""Where rows wait until their request finishes: a store indexed by KV slot, and its tracker.
+
+A row lives where the key of its token lives. That follows the life of the KV cache by itself:
+no copy per step, no growth, nothing to free. A row is written only in the step in which its
+request computes it to choose a token; the slot remembers for which request, so a row that was
+never written, or was overwritten by another request, is seen as missing and not as data.
+
+The tracker learns of requests from the scheduler's output and reads a request's own rows out of
+the store when it finishes, or when it is preempted and is about to lose its blocks: what was
+captured when a token was chosen is kept, whatever blocks the request resumes on.
+
+Axes: slots of the KV cache, T generated tokens, L traced layers, H head groups, F features.
+"""
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from pivottrace_verl.attention.config import EXTRA_ARGS_NAME
+
+logger = logging.getLogger(__name__)
+
+NOBODY = 0
+"""Owner of a slot that holds no row; requests count from 1."""
+
+
+class RequestState(Protocol):
+    """What is read of the model runner's own record of a request."""
+
+    block_ids: tuple[list[int], ...]
+    output_token_ids: list[int]
+
+
+class SendTrace(Protocol):
+    def __call__(
+        self, key: str, stats: np.ndarray, entropy: np.ndarray, missing_rows: int
+    ) -> None: ...
+
+
+class SlotStore:
+    """stats [slots, L, H, F] and token entropy [slots], with the request that owns each slot.
+
+    Memory is 4 (L H F + 2) bytes per slot; pages of slots never used are never touched.
+    """
+
+    def __init__(self, n_slots: int, n_layers: int, n_groups: int, n_features: int) -> None:
+        self.stats = torch.empty(n_slots, n_layers, n_groups, n_features)
+        self.entropy = torch.empty(n_slots)
+        self.owner = torch.zeros(n_slots, dtype=torch.int32)
+
+    def write_layer(self, layer: int, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        """Rows [N, H, F] of one traced layer."""
+        self.stats[:, layer].index_copy_(0, slots, rows)
+
+    def finish_rows(self, slots: torch.Tensor, entropy: torch.Tensor, owner: torch.Tensor) -> None:
+        """Last write of a step: token entropy [N], and whose rows these now are."""
+        self.entropy.index_copy_(0, slots, entropy)
+        self.owner.index_copy_(0, slots, owner)
+
+    def read(self, slots: np.ndarray, owner: int) -> tuple[np.ndarray, np.ndarray, int]:
+        """stats [T, L, H, F], entropy [T], and how many of the rows are not this owner's."""
+        index = torch.from_numpy(slots)
+        missing = int((self.owner[index] != owner).sum())
+        return self.stats[index].numpy(), self.entropy[index].numpy(), missing
+
+
+@dataclass
+class Tracked:
+    """A request that asked for its trace."""
+
+    key: str
+    owner: int
+    prompt_length: int
+    saved: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
+    """Rows read at preemptions, in order."""
+    missing_rows: int = 0
+
+    @property
+    def n_saved(self) -> int:
+        return sum(len(entropy) for _, entropy in self.saved)
+
+
+class Tracker:
+    """Requests that opted in, from their first schedule to their last."""
+
+    def __init__(self, store: SlotStore, block_size: int, group: int, send: SendTrace) -> None:
+        self.requests: dict[str, Tracked] = {}
+        self.preemptions = 0
+        self._store = store
+        self._block_size = block_size
+        self._group = group
+        self._send = send
+        self._next_owner = NOBODY + 1
+
+    def observe(self, scheduled: Any, states: Mapping[str, RequestState]) -> None:
+        """Take a SchedulerOutput, before the runner acts on it: blocks that were freed may be
+        written in this very step, and `states` still holds the requests that finished."""
+        for req_id in scheduled.finished_req_ids:
+            self._finish(req_id, states)
+        for req_id in scheduled.preempted_req_ids or ():
+            tracked = self.requests.get(req_id)
+            if tracked is not None:
+                self._save(tracked, states[req_id])
+                self.preemptions += 1
+        for new in scheduled.scheduled_new_reqs:
+            self._start(new)
+
+    def flush(self, states: Mapping[str, RequestState]) -> None:
+        """Finish every tracked request now."""
+        for req_id in list(self.requests):
+            self._finish(req_id, states)
+
+    def rows_of(self, req_ids: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
+        """(prompt length, owner) of each request of a batch; owner NOBODY if it did not opt in."""
+        found = [self.requests.get(req_id) for req_id in req_ids]
+        prompts = np.array([t.prompt_length if t else 0 for t in found], np.int64)
+        return prompts, np.array([t.owner if t else NOBODY for t in found], np.int32)
+
+    def _start(self, new: Any) -> None:
+        key = _key_of(new)
+        if key is None:
+            return
+        if new.prompt_token_ids is None or new.req_id in self.requests:
+            logger.warning(
+                "Request %s gets no attention trace: prompts given as embeddings and requests "
+                "that are extended while they run are not traced.",
+                new.req_id,
+            )
+            self.requests.pop(new.req_id, None)
+            return
+        self.requests[new.req_id] = Tracked(key, self._next_owner, len(new.prompt_token_ids))
+        self._next_owner = self._next_owner % (2**31 - 1) + 1
+
+    def _finish(self, req_id: str, states: Mapping[str, RequestState]) -> None:
+        tracked = self.requests.pop(req_id, None)
+        if tracked is None:
+            return
+        if req_id in states:
+            self._save(tracked, states[req_id])
+        if not tracked.saved:
+            return  # aborted before its first token
+        stats = np.concatenate([stats for stats, _ in tracked.saved])
+        entropy = np.concatenate([entropy for _, entropy in tracked.saved])
+        self._send(tracked.key, stats, entropy, tracked.missing_rows)
+
+    def _save(self, tracked: Tracked, state: RequestState) -> None:
+        """Read the rows captured since the last save: positions P-1+n_saved to P-2+n_output."""
+        first = tracked.prompt_length - 1 + tracked.n_saved
+        end = tracked.prompt_length - 1 + len(state.output_token_ids)
+        if end <= first:
+            return
+        positions = np.arange(first, end)
+        blocks = np.asarray(state.block_ids[self._group], np.int64)
+        slots = blocks[positions // self._block_size] * self._block_size
+        stats, entropy, missing = self._store.read(
+            slots + positions % self._block_size, tracked.owner
+        )
+        tracked.saved.append((stats, entropy))
+        tracked.missing_rows += missing
+
+
+def _key_of(new: Any) -> str | None:
+    """The key under which a new request asked for its trace; the i-th child (i > 0) of a request
+    with n > 1 shares its parent's arguments, and its trace goes by `key/i`."""
+    extra = getattr(new.sampling_params, "extra_args", None) or {}
+    asked = extra.get(EXTRA_ARGS_NAME)
+    if asked is None:
+        return None
+    key = asked.get("key") if isinstance(asked, dict) else None
+    if not isinstance(key, str) or not key:
+        logger.warning(
+            "Request %s gets no attention trace: extra_args[%r] must be "
+            "{'key': '<unique string>'}, not %r.",
+            new.req_id,
+            EXTRA_ARGS_NAME,
+            asked,
+        )
+        return None
+    child, separator, _ = new.req_id.partition("_")
+    return f"{key}/{int(child)}" if separator and child.isdigit() and int(child) else key
