@@ -1,0 +1,10 @@
+"""Mean entropy of the token distributions, mean over the rollouts; a cheap baseline."""
+
+from pivottrace_verl.estimators.records import GroupRecord, mean_known
+
+NAME = "entropy"
+
+
+def score(group: GroupRecord) -> float:
+    """In nats; NaN if no rollout was traced."""
+    return mean_known(r.entropy_mean for r in group.rollouts)

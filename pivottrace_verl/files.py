@@ -1,0 +1,127 @@
+"""Files: written whole or not at all, read with a sentence when they cannot be.
+
+Contract: a reader never sees half a file. Content goes to a temporary file in the same folder,
+is synced and renamed; if anything fails (no space left, say) the temporary file goes and the old
+file stays. Fingerprints are the first 16 hex digits of a SHA-256.
+"""
+
+import errno
+import hashlib
+import io
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pivottrace_verl.errors import PivotTraceError
+
+
+def os_reason(error: OSError) -> str:
+    """Why the system refused, in words a user can act on."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "no space is left on the device"
+    return (error.strerror or str(error)).lower()
+
+
+def write_bytes_atomic(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`. PivotTraceError if that fails; `path` is then as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise PivotTraceError(
+            f"{path} cannot be written: {os_reason(error)}; nothing was changed."
+        ) from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json_atomic(path: Path, content: Any) -> None:
+    """JSON, keys sorted, one trailing newline. NaN and infinity raise ValueError: a reader of
+    another language could not take them."""
+    text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_bytes_atomic(path, (text + "\n").encode())
+
+
+def write_table_atomic(path: Path, table: pa.Table) -> None:
+    """Parquet. Equal tables give equal bytes."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    write_bytes_atomic(path, buffer.getvalue())
+
+
+def read_json(path: Path) -> Any:
+    """A JSON file; PivotTraceError if it is missing, unreadable or no JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except OSError as error:
+        raise PivotTraceError(f"{path} cannot be read: {os_reason(error)}.") from error
+    except ValueError as error:
+        raise PivotTraceError(f"{path} is not a JSON file: {error}.") from error
+
+
+def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """A Parquet file, only `columns` of it; PivotTraceError if missing or unreadable."""
+    try:
+        return pq.read_table(path, columns=columns, partitioning=None)
+    except OSError as error:
+        raise PivotTraceError(f"{path} cannot be read: {os_reason(error)}.") from error
+    except pa.ArrowException as error:
+        raise PivotTraceError(
+            f"{path} is not a readable Parquet file: {first_line(error)}."
+        ) from error
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, without its full stop."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def fingerprint(content: Any) -> str:
+    """Of JSON-able content, in canonical form; lone surrogates raise UnicodeEncodeError."""
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_fingerprint(path: Path) -> str:
+    """Of a file's bytes; PivotTraceError if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    except OSError as error:
+        raise PivotTraceError(f"{path} cannot be read: {os_reason(error)}.") from error
+
+
+_ENDS = 1 << 20
+
+
+def model_fingerprint(path: Path) -> str:
+    """Of a Hugging Face model folder: config.json, and of each weight file the name, the size,
+    the first and the last MiB. PivotTraceError if the folder is no such model."""
+    weights = sorted([*path.glob("*.safetensors"), *path.glob("*.bin")])
+    try:
+        digest = hashlib.sha256((path / "config.json").read_bytes())
+        for weight in weights:
+            size = weight.stat().st_size
+            digest.update(f"\0{weight.name}\0{size}\0".encode())
+            with open(weight, "rb") as file:
+                digest.update(file.read(_ENDS))
+                file.seek(max(0, size - _ENDS))
+                digest.update(file.read(_ENDS))
+    except OSError as error:
+        raise PivotTraceError(
+            f"{path} is not a readable model folder: {error.filename or path}: {os_reason(error)}."
+        ) from error
+    if not weights:
+        raise PivotTraceError(f"{path} is not a model folder: it holds no weight file.")
+    return digest.hexdigest()[:16]

@@ -1,0 +1,165 @@
+"""Pivots: the places of a rollout where its long-range attention changes abruptly.
+
+Contract: a trace is a float array [T, L, H, F]; row i describes the query that emitted generated
+token i, F runs over `FEATURES`. One threshold tau serves the whole pool: taken per rollout it
+would make the density a constant, which carries nothing.
+
+    cfg = replace(cfg, tau=calibrate_tau(traces, cfg))
+    find_pivots(trace, cfg)          # token indices
+
+The detector is this project's reading of PivotTrace (arXiv 2606.04503), not its authors' code;
+every choice is a named field of `DetectorConfig`.
+
+Axes: T generated tokens, L traced layers, H head groups, F features.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pivottrace_verl.errors import PivotTraceError
+
+FEATURES: tuple[str, ...] = (
+    "lse",
+    "entropy",
+    "max_prob",
+    "sink_mass",
+    "prompt_mass",
+    "long_mass",
+    "distance",
+    "response_long_mass",
+    "response_distance",
+    *(f"bucket_{b}" for b in range(16)),
+)
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class DetectorConfig:
+    """How a trace becomes pivots; frozen in the run's manifest once calibrated."""
+
+    signal: str = "response_long_mass"
+    """The feature that is followed, averaged over layers and head groups."""
+    change: str = "abs"
+    """`abs`: any change counts; `rise`: only a turn towards older tokens does."""
+    refractory: int = 5
+    """Two pivots of a rollout are at least this many tokens apart."""
+    tau_quantile: float = 0.95
+    """tau is this quantile of all changes in the calibration rollouts together."""
+    window: int = 32
+    """W: keys at least this many tokens back are long range (used when the trace is captured)."""
+    sink: int = 4
+    """S: the first positions, left out of every distance (used when the trace is captured)."""
+    tau: float | None = None
+    """The threshold; None until `calibrate_tau` has found it."""
+    skip_first: int = 1
+    """The first changes, set to 0: token 0 has no predecessor."""
+
+    def __post_init__(self) -> None:
+        if self.signal not in FEATURES:
+            raise PivotTraceError(
+                f"The detector's signal is '{self.signal}', but a trace holds only "
+                f"{', '.join(FEATURES[:9])} and bucket_0 to bucket_15."
+            )
+        if self.change not in ("abs", "rise"):
+            raise PivotTraceError(
+                f"The detector's change is '{self.change}', but must be 'abs' or 'rise'."
+            )
+        if not 0.0 < self.tau_quantile < 1.0:
+            raise PivotTraceError(
+                f"The detector's tau_quantile is {self.tau_quantile}, but must lie between 0 and 1."
+            )
+        if self.refractory < 1 or self.skip_first < 1 or self.window < 1 or self.sink < 0:
+            raise PivotTraceError(
+                "The detector's refractory, skip_first and window must be at least 1 and its sink "
+                f"at least 0, not {self.refractory}, {self.skip_first}, {self.window} and "
+                f"{self.sink}."
+            )
+        if self.tau is not None and not (np.isfinite(self.tau) and self.tau >= 0):
+            raise PivotTraceError(f"The detector's tau is {self.tau}, but must not be negative.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-able values; `from_dict` gives the same detector back."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "DetectorConfig":
+        """The detector of a manifest; unknown fields raise PivotTraceError."""
+        unknown = sorted(set(values) - {f.name for f in fields(cls)})
+        if unknown:
+            raise PivotTraceError(f"The detector has no field named {', '.join(unknown)}.")
+        return cls(**values)
+
+
+def signal(trace: NDArray[Any], cfg: DetectorConfig) -> Floats:
+    """[T, L, H, F] -> [T]: the followed feature, mean over layers and head groups.
+
+    Raises ValueError if the trace has another shape or holds NaN or infinity: a broken capture
+    must not look like a rollout without pivots.
+    """
+    if trace.ndim != 4 or trace.shape[3] != len(FEATURES):
+        raise ValueError(f"A trace is [T, L, H, {len(FEATURES)}], not {list(trace.shape)}.")
+    if trace.shape[0] == 0:
+        return np.zeros(0)
+    if trace.shape[1] == 0 or trace.shape[2] == 0:
+        raise ValueError(f"A trace needs a layer and a head group, not {list(trace.shape)}.")
+    values = trace[:, :, :, FEATURES.index(cfg.signal)].astype(np.float64)
+    row: Floats = values.mean(axis=(1, 2))
+    if not np.isfinite(row).all():
+        raise ValueError(f"The trace's {cfg.signal} is not finite everywhere.")
+    return row
+
+
+def changes(x: NDArray[Any], cfg: DetectorConfig) -> Floats:
+    """[T] -> [T]: size of the step into each token; the first `skip_first` are 0."""
+    step = np.zeros(len(x), dtype=np.float64)
+    if len(x) > 1:
+        step[1:] = np.diff(np.asarray(x, dtype=np.float64))
+    step = np.abs(step) if cfg.change == "abs" else np.maximum(step, 0.0)
+    step[: cfg.skip_first] = 0.0
+    return step
+
+
+def calibrate_tau(traces: Iterable[NDArray[Any]], cfg: DetectorConfig) -> float:
+    """One quantile over all changes of all calibration rollouts pooled, leading zeros left out."""
+    pooled = [changes(signal(trace, cfg), cfg)[cfg.skip_first :] for trace in traces]
+    values = np.concatenate(pooled) if pooled else np.zeros(0)
+    if values.size == 0:
+        raise PivotTraceError(
+            "The pivot threshold cannot be calibrated: none of the calibration rollouts is longer "
+            f"than {cfg.skip_first} token(s)."
+        )
+    return float(np.quantile(values, cfg.tau_quantile))
+
+
+def find_pivots(trace: NDArray[Any], cfg: DetectorConfig) -> NDArray[np.int64]:
+    """Token indices, ascending, whose change reaches tau and is the largest near by.
+
+    Near by means fewer than `refractory` tokens away; of equal changes the earliest wins.
+    Raises PivotTraceError if the detector has no tau yet.
+    """
+    if cfg.tau is None:
+        raise PivotTraceError("The detector has no tau yet: calibrate it before counting pivots.")
+    step = changes(signal(trace, cfg), cfg)
+    reach = cfg.refractory - 1
+    found = []
+    for i in np.flatnonzero((step >= cfg.tau) & (step > 0.0)):
+        before = step[max(0, i - reach) : i]
+        after = step[i + 1 : i + 1 + reach]
+        if (before < step[i]).all() and (after <= step[i]).all():
+            found.append(i)
+    return np.asarray(found, dtype=np.int64)
+
+
+def count(trace: NDArray[Any], cfg: DetectorConfig) -> int:
+    """Number of pivots in the rollout."""
+    return len(find_pivots(trace, cfg))
+
+
+def density(trace: NDArray[Any], cfg: DetectorConfig) -> float:
+    """Pivots per generated token, in [0, 1]; 0 for an empty rollout."""
+    return count(trace, cfg) / trace.shape[0] if trace.shape[0] else 0.0

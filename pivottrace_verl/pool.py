@@ -1,0 +1,200 @@
+"""The run directory: the pool and everything that is learnt about it.
+
+Contract: RUN/ holds manifest.json, pool.parquet, val.parquet, scores/, scores.parquet,
+ledger.jsonl, probes.json, plan.parquet, triage.json and what the later stages add. Every write is
+atomic. Every file names the fingerprint of what it was made from, and a mismatch is refused with
+both sides named. No answer of the incoming pool reaches this directory except through the ledger.
+
+    run = RunDir.create("runs/a", "pool.parquet", "models/m", answers_kind="expression")
+    with run.lock():
+        run.write_score_part(0, rows); run.merge_scores()
+
+Axes: P prompts, G rollouts of a prompt.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pivottrace_verl.answers import get_answers
+from pivottrace_verl.errors import PivotTraceError
+from pivottrace_verl.files import (
+    fingerprint,
+    model_fingerprint,
+    os_reason,
+    write_json_atomic,
+    write_table_atomic,
+)
+from pivottrace_verl.ledger import Ledger
+from pivottrace_verl.prompts import Prompt, read_pool, read_validation
+from pivottrace_verl.run_files import RunFiles
+from pivottrace_verl.schemas import POOL_SCHEMA, VAL_SCHEMA
+
+__all__ = ["Ledger", "Prompt", "RunDir", "write_json_atomic", "write_table_atomic"]
+
+Path_ = str | os.PathLike[str]
+
+
+class RunDir(RunFiles):
+    """One run directory. Make it with `create`, come back to it with `open`."""
+
+    @classmethod
+    def create(
+        cls,
+        path: Path_,
+        pool_file: Path_,
+        model_path: Path_,
+        val_file: Path_ | None = None,
+        answers_kind: str = "math",
+    ) -> "RunDir":
+        """A new run directory, or the existing one if it is of the same pool, model, validation
+        data and answers kind.
+
+        Raises PivotTraceError if an input is bad (nothing is written then) or if the existing
+        directory was made from something else.
+        """
+        run = cls(Path(path))
+        get_answers(answers_kind)
+        source, model = Path(pool_file), Path(model_path)
+        pool = read_pool(source)
+        val, val_merged = read_validation(Path(val_file)) if val_file is not None else ([], 0)
+        ids = [prompt.pt_id for prompt in pool.prompts]
+        manifest: dict[str, Any] = {
+            "format": 1,
+            "pool": {
+                "fingerprint": fingerprint(ids),
+                "n_prompts": len(ids),
+                "duplicates_merged": pool.duplicates,
+                "source": str(source.resolve()),
+            },
+            "model": {"path": str(model.resolve()), "fingerprint": model_fingerprint(model)},
+            "answers": {"kind": answers_kind},
+        }
+        if val_file is not None:
+            manifest["val"] = {
+                "fingerprint": fingerprint([[p.pt_id, label] for p, label in val]),
+                "n_prompts": len(val),
+                "duplicates_merged": val_merged,
+                "source": str(Path(val_file).resolve()),
+                "also_in_pool": len({p.pt_id for p, _ in val} & set(ids)),
+            }
+        if (run.path / "manifest.json").exists():
+            run._check_same(manifest)
+            return run
+        try:
+            run.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise PivotTraceError(
+                f"The run directory {run.path} cannot be made: {os_reason(error)}."
+            ) from error
+        with run.lock():
+            if (run.path / "manifest.json").exists():
+                run._check_same(manifest)
+                return run
+            rows = [
+                _prompt_row(p, {"index": i}) for p, i in zip(pool.prompts, pool.rows, strict=True)
+            ]
+            run._write_table("pool.parquet", rows, POOL_SCHEMA, {"pool": fingerprint(ids)})
+            if val_file is not None:
+                rows = [_prompt_row(p, {"index": i}, label) for i, (p, label) in enumerate(val)]
+                made_from = {"val": manifest["val"]["fingerprint"]}
+                run._write_table("val.parquet", rows, VAL_SCHEMA, made_from)
+            # Last: a directory without a manifest is not a run yet, and is made again.
+            write_json_atomic(run.path / "manifest.json", manifest)
+        return run
+
+    @classmethod
+    def open(cls, path: Path_) -> "RunDir":
+        """An existing run directory. PivotTraceError if there is none."""
+        run = cls(Path(path))
+        if not (run.path / "manifest.json").exists():
+            raise PivotTraceError(
+                f"{run.path} is not a run directory: it has no manifest.json; "
+                "`pivottrace score` makes one."
+            )
+        if run.manifest.get("format") != 1:
+            raise PivotTraceError(
+                f"{run.path} has format {run.manifest.get('format')}, but this version reads "
+                "format 1."
+            )
+        return run
+
+    def _check_same(self, new: dict[str, Any]) -> None:
+        """Refuse to go on in a directory that was made from other things."""
+        old = RunDir.open(self.path).manifest
+        for what, key, name in (
+            ("pool", "fingerprint", "source"),
+            ("model", "fingerprint", "path"),
+            ("answers", "kind", "kind"),
+            ("val", "fingerprint", "source"),
+        ):
+            before, now = old.get(what), new.get(what)
+            if what == "val" and now is None:
+                continue
+            if before is None or (now is not None and before[key] != now[key]):
+                raise PivotTraceError(
+                    f"The run directory {self.path} was made from another {what}: "
+                    f"{_side(before, key, name)} there, {_side(now, key, name)} here."
+                )
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run directory; PivotTraceError if another process does."""
+        path = self.path / ".lock"
+        try:
+            file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise PivotTraceError(
+                f"The run directory {self.path} cannot be locked: {os_reason(error)}."
+            ) from error
+        try:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                holder = os.pread(file, 32, 0).decode(errors="replace").strip() or "unknown"
+                raise PivotTraceError(
+                    f"Another process (pid {holder}) is working on the run directory {self.path}."
+                ) from error
+            os.ftruncate(file, 0)
+            os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+            yield
+        finally:
+            os.close(file)
+
+    # Prompts
+
+    def pool(self) -> list[Prompt]:
+        """[P] the distinct prompts, in the pool's order."""
+        table = self._read_table("pool.parquet", {"pool": self.stage_fingerprint("pool")})
+        return [_to_prompt(row) for row in table.to_pylist()]
+
+    def validation(self) -> list[tuple[Prompt, str]]:
+        """(prompt, label) of the validation data; empty if the run has none."""
+        if "val" not in self.manifest:
+            return []
+        table = self._read_table("val.parquet", {"val": self.stage_fingerprint("val")})
+        return [(_to_prompt(row), row["label"]) for row in table.to_pylist()]
+
+
+def _prompt_row(prompt: Prompt, extra: dict[str, Any], label: str | None = None) -> dict[str, Any]:
+    row = {
+        "pt_id": prompt.pt_id,
+        "prompt": prompt.messages,
+        "data_source": prompt.data_source,
+        "extra_info": json.dumps(extra),
+    }
+    return row if label is None else {**row, "label": label}
+
+
+def _to_prompt(row: Mapping[str, Any]) -> Prompt:
+    return Prompt(row["pt_id"], row["prompt"], row["data_source"])
+
+
+def _side(section: Mapping[str, Any] | None, key: str, name: str) -> str:
+    if section is None:
+        return "none"
+    return f"{section[name]}" if key == name else f"{section[name]} ({section[key]})"
