@@ -22,7 +22,7 @@ from pivottrace_verl.answers import get_answers
 from pivottrace_verl.training.groups import Verdict, VotePolicy, judge
 
 # verl exports the Ray actor class; its methods live on the class underneath.
-_Worker = AgentLoopWorkerTQ.__ray_metadata__.modified_class
+_Worker: Any = AgentLoopWorkerTQ.__ray_metadata__.modified_class
 
 
 class Group:
@@ -49,9 +49,9 @@ class Group:
         if self._waiting_for <= 0:
             self._complete.set()
 
-    async def reward(self, session: int, *, labeled: bool, kind: Any, policy: VotePolicy) -> tuple[
-        float, Verdict
-    ]:
+    async def reward(
+        self, session: int, *, labeled: bool, kind: Any, policy: VotePolicy
+    ) -> tuple[float, Verdict]:
         """This session's reward and the verdict it comes from, once the group is complete."""
         await self._complete.wait()
         order = sorted(self._arrived)

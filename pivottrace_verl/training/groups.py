@@ -64,13 +64,13 @@ def judge(
     target = majority(clusters, quorum=policy.quorum, min_agreement=policy.min_agreement)
     if labeled:
         # The gauge of the vote: how often the majority would have been right where we can know.
-        unforced = majority(clusters)
-        right = unforced is not None and any(
-            score > 0.5 and answer is not None and kind.equal(answer, unforced)
-            for answer, score in zip(answers, verified, strict=True)
+        right = majority(clusters) is not None and any(
+            score > 0.5 and place == 0
+            for place, score in zip(clusters.labels, verified, strict=True)
         )
         return Verdict(list(map(float, verified)), VERIFIED, None, shared, right)
     if target is None:
         return Verdict([0.0] * len(answers), NO_VOTE, None, shared, None)
-    rewards = [float(a is not None and kind.equal(a, target)) for a in answers]
+    # Cluster 0 is the largest; membership, not a second comparison, decides.
+    rewards = [float(place == 0) for place in clusters.labels]
     return Verdict(rewards, VOTED, target, shared, None)

@@ -22,7 +22,7 @@ from verl.utils.device import auto_set_device
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.plugin import disabled
 
-_Runner = TaskRunnerV1.__ray_metadata__.modified_class
+_Runner: Any = TaskRunnerV1.__ray_metadata__.modified_class
 
 
 class PivotTaskRunner(_Runner):
@@ -46,7 +46,10 @@ def check(config: DictConfig) -> None:
     """Refuse settings under which the triage curriculum or the vote would quietly not happen."""
     rollout = config.actor_rollout_ref.rollout
     for wrong, sentence in (
-        (not config.trainer.use_v1, "trainer.use_v1 must be true: PivotTrace extends verl's V1 trainer."),
+        (
+            not config.trainer.use_v1,
+            "trainer.use_v1 must be true: PivotTrace extends verl's V1 trainer.",
+        ),
         (
             config.trainer.v1.trainer_mode != "sync",
             f"trainer.v1.trainer_mode is {config.trainer.v1.trainer_mode!r}; only 'sync' is "

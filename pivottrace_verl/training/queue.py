@@ -30,9 +30,9 @@ def records(batch: Any) -> list[tuple[str, dict[str, Any]]]:
 
 def column(batch: Any, name: str) -> Any:
     """One column of the batch, a jagged nested tensor, rows in the batch's order."""
-    return tq.kv_batch_get(
-        keys=batch.keys, partition_id=batch.partition_id, select_fields=[name]
-    )[name]
+    return tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=[name])[
+        name
+    ]
 
 
 def extra_fields(batch: Any) -> list[dict[str, Any]]:

@@ -28,9 +28,7 @@ def compute_score(
     """
     kind = get_answers(answers)
     answer = kind.extract(solution_str)
-    right = (
-        ground_truth is not None and answer is not None and correct(answer, ground_truth, kind)
-    )
+    right = ground_truth is not None and answer is not None and correct(answer, ground_truth, kind)
     return {
         "score": float(right),
         "acc": float(right),

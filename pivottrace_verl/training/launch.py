@@ -1,0 +1,233 @@
+"""The train stage: a run directory becomes one verl job, started, watched and resumed.
+
+Contract: everything the job needs is written as Hydra overrides on
+`pivottrace_verl.training.main_ppo`, the user's own overrides last, so they win. The job runs in a
+process of its own with its output in RUN/train/train.log; it resumes from verl's last checkpoint.
+verl's file logger starts its file anew with each attempt, so each attempt has its own and
+RUN/train/metrics.jsonl is their union, later attempts winning.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pivottrace_verl.errors import PivotTraceError
+from pivottrace_verl.files import write_bytes_atomic, write_json_atomic
+from pivottrace_verl.plugin import cpu_platform_requested
+from pivottrace_verl.pool import RunDir
+from pivottrace_verl.training.data import write_training_files
+
+StepSeen = Callable[[int, dict[str, float]], None]
+"""Called with (step, verl's metrics of it) as the job logs them; step 0 is the first validation."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of the train stage that have no better home in verl's own configuration."""
+
+    steps: int = 100
+    batch_size: int = 32
+    rollouts: int = 8
+    learning_rate: float = 1e-6
+    seed: int = 0
+    order: str = "mixed"
+    self_train_weight: float = 1.0
+    min_agreement: float = 0.0
+    val_samples: int = 4
+    save_every: int = 0
+    """Steps between checkpoints; 0: only at the end."""
+    n_gpus_per_node: int = 1
+    nnodes: int = 1
+
+
+def overrides(run: RunDir, config: TrainConfig, attempt_file: Path) -> list[str]:
+    """The Hydra overrides of this run's verl job."""
+    score = run.manifest["settings"]["score"]
+    detector, capture = run.manifest["detector"], score["capture"]
+    folder = run.path.resolve() / "train"
+    items: dict[str, Any] = {
+        "data.train_files": folder / "train.parquet",
+        "data.val_files": folder / "val.parquet",
+        "data.train_batch_size": config.batch_size,
+        "data.max_prompt_length": score["score"]["max_prompt_tokens"],
+        "data.max_response_length": score["score"]["max_tokens"],
+        "actor_rollout_ref.model.path": Path(run.manifest["model"]["path"]).resolve(),
+        "actor_rollout_ref.actor.optim.lr": config.learning_rate,
+        "actor_rollout_ref.actor.ppo_mini_batch_size": config.batch_size,
+        "actor_rollout_ref.actor.use_kl_loss": False,
+        "actor_rollout_ref.actor.checkpoint.save_contents": "[model,optimizer,extra,hf_model]",
+        "actor_rollout_ref.actor.checkpoint.load_contents": "[model,optimizer,extra]",
+        "actor_rollout_ref.rollout.n": config.rollouts,
+        "actor_rollout_ref.rollout.temperature": score["score"]["temperature"],
+        "actor_rollout_ref.rollout.calculate_log_probs": True,
+        "actor_rollout_ref.rollout.val_kwargs.n": config.val_samples,
+        "actor_rollout_ref.rollout.val_kwargs.do_sample": True,
+        "actor_rollout_ref.rollout.val_kwargs.temperature": 1.0,
+        "trainer.total_training_steps": config.steps,
+        "trainer.total_epochs": 1_000_000,
+        "trainer.save_freq": config.save_every or config.steps,
+        "trainer.test_freq": config.steps,
+        "trainer.logger": "[console,file]",
+        "trainer.project_name": "pivottrace",
+        "trainer.experiment_name": run.path.name,
+        "trainer.default_local_dir": folder / "checkpoints",
+        "trainer.max_actor_ckpt_to_keep": 1,
+        "trainer.resume_mode": "auto",
+        "trainer.n_gpus_per_node": config.n_gpus_per_node,
+        "trainer.nnodes": config.nnodes,
+        "pivottrace.answers": run.manifest["answers"]["kind"],
+        "pivottrace.curriculum.order": config.order,
+        "pivottrace.curriculum.seed": config.seed,
+        "pivottrace.vote.min_agreement": config.min_agreement,
+        "pivottrace.weights.self_train": config.self_train_weight,
+        "+ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH": attempt_file,
+        **{f"pivottrace.detector.{name}": value for name, value in detector.items()},
+        **{f"pivottrace.capture.{name}": value for name, value in capture.items()},
+    }
+    return [f"{name}={_hydra(value)}" for name, value in items.items()]
+
+
+def _hydra(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Path):
+        return json.dumps(str(value))
+    if isinstance(value, list | tuple | dict):
+        return json.dumps(value).replace(" ", "")
+    return str(value)
+
+
+def train(
+    run: RunDir, config: TrainConfig, extra: Sequence[str], on_step: StepSeen
+) -> dict[str, Any]:
+    """Run the job to its end and return what `train/done.json` holds.
+
+    Raises PivotTraceError if the run was trained from another plan or with other settings, or if
+    the job ends without reaching the last step; its log is named.
+    """
+    folder = run.path / "train"
+    folder.mkdir(exist_ok=True)
+    asked = {
+        "plan": run.stage_fingerprint("plan"),
+        "config": dataclasses.asdict(config),
+        "overrides": list(extra),
+    }
+    started = folder / "started.json"
+    if started.exists():
+        before = json.loads(started.read_text())
+        if before != asked:
+            changed = ", ".join(
+                f"{name}: {before.get(name)!r} then, {asked[name]!r} now"
+                for name in asked
+                if before.get(name) != asked[name]
+            )
+            raise PivotTraceError(
+                f"{folder} holds a training run of another plan or other settings ({changed}): "
+                "repeat those, or remove the folder to train anew."
+            )
+    done = folder / "done.json"
+    if done.exists():
+        return dict(json.loads(done.read_text()))
+    rows = write_training_files(run)
+    if rows[0] < config.batch_size:
+        raise PivotTraceError(
+            f"only {rows[0]} prompts are left to train on, fewer than one batch of "
+            f"{config.batch_size}: lower --batch-size or triage again with other thresholds."
+        )
+    write_json_atomic(started, asked)
+    attempt = len(list(folder.glob("metrics-*.jsonl")))
+    attempt_file = folder.resolve() / f"metrics-{attempt:03d}.jsonl"
+    command = [sys.executable, "-m", "pivottrace_verl.training.main_ppo"]
+    command += overrides(run, config, attempt_file)
+    environment = dict(os.environ)
+    if cpu_platform_requested():
+        from pivottrace_verl.cpu.settings import cpu_env, cpu_overrides
+
+        command += cpu_overrides()
+        environment |= cpu_env()
+    command += [f"hydra.run.dir={json.dumps(str(folder.resolve() / 'hydra'))}", *extra]
+    log = folder / "train.log"
+    with log.open("ab") as output:
+        job = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            cwd=folder,
+            preexec_fn=_die_with_parent,
+        )
+        try:
+            _watch(job, attempt_file, on_step)
+        finally:
+            if job.poll() is None:
+                job.terminate()
+                job.wait(timeout=60)
+    merge_metrics(folder)
+    checkpoint = folder / "checkpoints" / f"global_step_{config.steps}" / "actor" / "huggingface"
+    if job.returncode != 0 or not checkpoint.exists():
+        raise PivotTraceError(
+            f"the verl job ended with status {job.returncode} before step {config.steps}; its last "
+            f"words are in {log}, and the same command resumes from the last checkpoint."
+        )
+    result = {
+        "steps": config.steps,
+        "checkpoint": str(checkpoint.relative_to(run.path)),
+        "train_rows": rows[0],
+        "val_rows": rows[1],
+        "attempts": attempt + 1,
+    }
+    write_json_atomic(done, result)
+    return result
+
+
+def _die_with_parent() -> None:
+    """In the child: a killed command must not leave a verl job behind that nobody watches."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _watch(job: subprocess.Popen[bytes], file: Path, on_step: StepSeen) -> None:
+    """Report each line of verl's metrics file until the job ends."""
+    position = 0
+    while True:
+        ended = job.poll() is not None
+        if file.exists():
+            with file.open("rb") as stream:
+                stream.seek(position)
+                for line in stream:
+                    if not line.endswith(b"\n"):
+                        break
+                    position += len(line)
+                    entry = json.loads(line)
+                    on_step(entry["step"], entry["data"])
+        if ended:
+            return
+        time.sleep(0.5)
+
+
+def merge_metrics(folder: Path) -> list[dict[str, Any]]:
+    """Join the attempts' metrics by step into metrics.jsonl and return them in order."""
+    steps: dict[int, dict[str, Any]] = {}
+    for file in sorted(folder.glob("metrics-*.jsonl")):
+        for line in file.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                entry = json.loads(line)
+                steps[entry["step"]] = entry
+    merged = [steps[step] for step in sorted(steps)]
+    lines = "".join(json.dumps(entry) + "\n" for entry in merged)
+    write_bytes_atomic(folder / "metrics.jsonl", lines.encode())
+    return merged

@@ -1,0 +1,235 @@
+"""The quickstart: a model, a pool, and every stage of PivotTrace on one CPU machine.
+
+    make quickstart        (or: python recipes/quickstart/run.py --run runs/quickstart)
+
+Each stage is the command a user would type, run as a process of its own; a stage that is done is
+not run again, so a killed quickstart goes on where it was. Ends with a table and summary.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).resolve().parent
+LABEL_SHARE = 0.35
+"""Most of the pool that may be labelled, probes included."""
+
+FULL = {
+    "policy": [],
+    "pool": ["--n-pool", "640", "--n-val", "200"],
+    "score": ["--rollouts", "8"],
+    "probes": 64,
+    "train": ["--steps", "36", "--batch-size", "32", "--rollouts", "8"],
+    "val_samples": 4,
+}
+# The end-to-end test: the same stages, real engines, a few minutes.
+SMALL = {
+    "policy": ["--small"],
+    "pool": ["--n-pool", "64", "--n-val", "24"],
+    "score": ["--rollouts", "4", "--part-size", "32"],
+    "probes": 16,
+    "train": ["--steps", "4", "--batch-size", "8", "--rollouts", "4", "--val-samples", "1"],
+    "val_samples": 2,
+}
+LEARNING_RATE = "1e-4"
+MAX_PROMPT_TOKENS = "64"
+MAX_TOKENS = "128"
+
+
+class PeakMemory(threading.Thread):
+    """Largest resident memory of this process and all below it, sampled twice a second."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.peak = 0
+
+    def run(self) -> None:
+        me = psutil.Process()
+        while True:
+            total = 0
+            for process in [me, *me.children(recursive=True)]:
+                try:
+                    memory = process.memory_full_info()
+                    # Proportional set size: pages shared by several processes count once.
+                    total += getattr(memory, "pss", 0) or memory.rss
+                except psutil.Error:
+                    continue
+            self.peak = max(self.peak, total)
+            time.sleep(0.5)
+
+
+class Stages:
+    """Runs commands one after another and remembers how long each took, over restarts too."""
+
+    def __init__(self, run: Path, console: Console) -> None:
+        self.file = run / "quickstart.json"
+        self.console = console
+        self.log: dict[str, Any] = (
+            json.loads(self.file.read_text()) if self.file.exists() else {"seconds": {}}
+        )
+
+    def __call__(self, name: str, *command: str | Path, allow: tuple[int, ...] = (0,)) -> int:
+        """Run one command; its seconds are added up under `name`."""
+        words = [str(word) for word in command]
+        self.console.rule(f"[bold]{name}", align="left")
+        self.console.print("$ " + shlex.join(words), style="dim", highlight=False)
+        start = time.monotonic()
+        status = subprocess.run(words, check=False).returncode
+        seconds = time.monotonic() - start
+        self.log["seconds"][name] = round(self.log["seconds"].get(name, 0.0) + seconds, 1)
+        self.save()
+        if status not in allow:
+            self.console.print(
+                f"error: stage {name} ended with status {status}; the same command goes on there."
+            )
+            sys.exit(status)
+        return status
+
+    def save(self) -> None:
+        temporary = self.file.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.log, indent=1))
+        temporary.replace(self.file)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--run", type=Path, default=Path("runs/quickstart"))
+    parser.add_argument("--small", action="store_true", help="the end-to-end test's size")
+    parser.add_argument("--seed", default="0")
+    args = parser.parse_args()
+    size = SMALL if args.small else FULL
+    console = Console(highlight=False)
+    os.environ.setdefault("VERL_PLATFORM", "cpu")
+    run: Path = args.run
+    run.mkdir(parents=True, exist_ok=True)
+    memory = PeakMemory()
+    memory.start()
+    python, pivottrace = sys.executable, Path(sys.executable).with_name("pivottrace")
+    stage = Stages(run, console)
+
+    policy, data = run / "policy", run / "data"
+    stage("policy", python, HERE / "make_policy.py", "--out", policy, *size["policy"])
+    stage("pool", python, HERE / "make_pool.py", "--out", data, *size["pool"])
+    stage(
+        "init", pivottrace, "init", run, "--pool", data / "pool.jsonl", "--model", policy,
+        "--val", data / "val.jsonl", "--answers", "expression",
+    )  # fmt: skip
+    stage(
+        "score", pivottrace, "score", run, *size["score"], "--seed", args.seed,
+        "--max-prompt-tokens", MAX_PROMPT_TOKENS, "--max-tokens", MAX_TOKENS,
+    )  # fmt: skip
+    evaluate(stage, pivottrace, run, "before", size)
+
+    stage("probe", pivottrace, "probe", run, "--n", size["probes"], "--seed", args.seed)
+    annotate(stage, pivottrace, run, data, "probes")
+    n_pool = sum(1 for _ in (data / "pool.jsonl").open())
+    budget = str(int(LABEL_SHARE * n_pool))
+    # The method's own estimator first; if the probes find it uninformative here, the one they
+    # recommend: --fallback says which and why.
+    stage("triage", pivottrace, "triage", run, "--budget", budget, "--fallback")
+    annotate(stage, pivottrace, run, data, "queue")
+    stage(
+        "train", pivottrace, "train", run, *size["train"],
+        "--learning-rate", LEARNING_RATE, "--seed", args.seed,
+    )  # fmt: skip
+    evaluate(stage, pivottrace, run, "after", size)
+    stage.log["peak_memory_gib"] = round(
+        max(memory.peak / 2**30, stage.log.get("peak_memory_gib", 0.0)), 2
+    )
+    stage.save()
+    write_summary(run, stage.log)
+    stage("report", pivottrace, "report", run)
+    write_summary(run, stage.log)
+    show(console, run)
+
+
+def annotate(stage: Stages, pivottrace: Path, run: Path, data: Path, what: str) -> None:
+    """Export, fill, import: the path a person takes, with the oracle as the person."""
+    asked, filled = run / "queue" / f"{what}.jsonl", run / "queue" / f"{what}-filled.jsonl"
+    stage("annotate", pivottrace, "annotate", "export", run, asked, "--what", what)
+    stage(
+        "annotate", pivottrace, "annotate", "fill", asked, filled,
+        "--answers", data / "answers.jsonl",
+    )  # fmt: skip
+    stage("annotate", pivottrace, "annotate", "import", run, filled, "--annotator", "oracle")
+
+
+def evaluate(stage: Stages, pivottrace: Path, run: Path, when: str, size: dict[str, Any]) -> None:
+    stage(f"validate {when}", pivottrace, "evaluate", run, when, "--samples", size["val_samples"])
+
+
+def write_summary(run: Path, log: dict[str, Any]) -> None:
+    """summary.json: what the table shows, for machines."""
+    manifest = json.loads((run / "manifest.json").read_text())
+    triage = json.loads((run / "triage.json").read_text())
+    done = json.loads((run / "train" / "done.json").read_text())
+    validation = json.loads((run / "validation.json").read_text())
+    ledger = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
+    labels = {entry["pt_id"] for entry in ledger}
+    probes = {entry["pt_id"] for entry in ledger if entry["purpose"] == "probe"}
+    n_pool = manifest["pool"]["n_prompts"]
+    summary = {
+        "pool": n_pool,
+        "labels": {
+            "bought": len(labels),
+            "probes": len(probes),
+            "share": round(len(labels) / n_pool, 4),
+        },
+        "routes": triage["routes"],
+        "estimator": triage["estimator"],
+        "refused": triage.get("refused"),
+        "estimators": triage["estimators"],
+        "steps": done["steps"],
+        "validation": validation,
+        "seconds": log["seconds"],
+        "seconds_total": round(sum(log["seconds"].values()), 1),
+        "peak_memory_gib": log["peak_memory_gib"],
+        "versions": manifest["versions"],
+    }
+    temporary = run / "summary.tmp"
+    temporary.write_text(json.dumps(summary, indent=1))
+    temporary.replace(run / "summary.json")
+
+
+def show(console: Console, run: Path) -> None:
+    """The closing table."""
+    summary = json.loads((run / "summary.json").read_text())
+    before, after = (summary["validation"][when] for when in ("before", "after"))
+    table = Table(title="PivotTrace quickstart", show_header=False, title_justify="left")
+    table.add_column(style="bold")
+    table.add_column()
+    labels = summary["labels"]
+    table.add_row("pool", f"{summary['pool']} prompts without labels")
+    table.add_row(
+        "labels bought", f"{labels['bought']} ({labels['share']:.1%}), {labels['probes']} as probes"
+    )
+    table.add_row("routes", ", ".join(f"{n} {route}" for route, n in summary["routes"].items()))
+    table.add_row("uncertainty by", summary["estimator"])
+    table.add_row("training", f"{summary['steps']} GRPO steps in verl")
+    for name, key in (("mean of samples at T=1", "mean"), ("greedy", "greedy")):
+        gain = 100 * (after[key] - before[key])
+        table.add_row(
+            f"validation, {name}", f"{before[key]:.1%} -> {after[key]:.1%} ({gain:+.1f} points)"
+        )
+    minutes = ", ".join(f"{name} {s:.0f}" for name, s in summary["seconds"].items())
+    table.add_row("seconds", f"{summary['seconds_total']:.0f} ({minutes})")
+    table.add_row("peak memory", f"{summary['peak_memory_gib']} GiB")
+    table.add_row("report", str(run / "report.html"))
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

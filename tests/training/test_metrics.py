@@ -1,0 +1,51 @@
+"""Per-route metrics of a step."""
+
+from typing import Any
+
+import pytest
+
+from pivottrace_verl.training.metrics import step_metrics
+
+
+def record(route: str, reward: float, **more: Any) -> dict[str, Any]:
+    return {
+        "route": route,
+        "reward": reward,
+        "outcome": "voted" if route == "self_train" else "verified",
+        "agreement": 0.5,
+        "weight": 1.0,
+        "majority_right": None,
+        "traced": True,
+        "pivot_density": 0.1,
+        **more,
+    }
+
+
+def test_groups_are_counted_as_mixed_all_right_and_all_wrong() -> None:
+    rows = [("a", record("annotate", r)) for r in (1.0, 0.0)]
+    rows += [("b", record("annotate", 1.0))] * 2 + [("c", record("annotate", 0.0))] * 2
+    rows += [("d", record("annotate", 0.0))] * 2
+    metrics = step_metrics(rows)
+    assert metrics["pivottrace/annotate/prompts"] == 4
+    assert metrics["pivottrace/annotate/mixed"] == 0.25
+    assert metrics["pivottrace/annotate/all_right"] == 0.25
+    assert metrics["pivottrace/annotate/all_wrong"] == 0.5
+
+
+def test_routes_are_reported_apart_and_missed_traces_are_counted() -> None:
+    rows = [
+        ("a", record("annotate", 1.0, majority_right=True)),
+        ("b", record("self_train", 0.0, outcome="no_vote", traced=False)),
+    ]
+    del rows[1][1]["pivot_density"]
+    metrics = step_metrics(rows)
+    assert metrics["pivottrace/capture/missed"] == 1
+    assert metrics["pivottrace/annotate/pseudo_label_accuracy"] == 1
+    assert metrics["pivottrace/self_train/no_vote"] == 1
+    assert "pivottrace/self_train/pivot_density" not in metrics
+    assert metrics["pivottrace/annotate/pivot_density"] == pytest.approx(0.1)
+
+
+def test_every_metric_is_a_float_for_verls_logger() -> None:
+    metrics = step_metrics([("a", record("annotate", 1.0))])
+    assert all(type(value) is float for value in metrics.values())
