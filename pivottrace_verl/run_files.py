@@ -17,6 +17,7 @@ import pyarrow as pa
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.files import (
     file_fingerprint,
+    fingerprint,
     read_json,
     read_table,
     write_json_atomic,
@@ -138,7 +139,9 @@ class RunFiles:
     def write_plan(self, rows: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> None:
         """plan.parquet (columns of `PLAN_SCHEMA`) and triage.json, each naming the scores."""
         made_from = {"scores": self.stage_fingerprint("scores")}
-        write_json_atomic(self.path / "triage.json", {**info, "made_from": made_from})
+        probes = fingerprint(sorted(self.ledger().labels("probe").items()))
+        info = {**info, "made_from": {**made_from, "probe_labels": probes}}
+        write_json_atomic(self.path / "triage.json", info)
         self._write_table("plan.parquet", rows, PLAN_SCHEMA, made_from)
 
     def plan(self) -> pa.Table:

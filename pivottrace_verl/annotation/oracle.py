@@ -1,0 +1,33 @@
+"""The oracle: an annotator that knows the answers, for demonstrations and tests.
+
+The only module that reads a file of answers: JSONL or CSV with `pt_id` and `label`. It writes a
+filled queue file, which comes back by the same import that a person's file takes.
+"""
+
+from pathlib import Path
+
+from pivottrace_verl.annotation.tables import read_rows, write_rows
+from pivottrace_verl.errors import PivotTraceError
+
+KEYS = ("pt_id", "label")
+
+
+def fill(queue_file: str | Path, answers_file: str | Path, out_file: str | Path) -> int:
+    """Fill the queue's empty labels into `out_file`; returns how many were filled.
+
+    Labels that are there stay. Raises PivotTraceError if a prompt of the queue has no answer.
+    """
+    answers = {row["pt_id"]: row["label"] for _, row in read_rows(Path(answers_file), KEYS)}
+    rows = [row for _, row in read_rows(Path(queue_file), KEYS)]
+    open_rows = [row for row in rows if row["label"] in (None, "")]
+    missing = [row["pt_id"] for row in open_rows if row["pt_id"] not in answers]
+    if missing:
+        raise PivotTraceError(
+            f"{answers_file} has no answer for {len(missing)} prompts of {queue_file} (first: "
+            f"{missing[0]})."
+        )
+    for row in open_rows:
+        row["label"] = answers[row["pt_id"]]
+    columns = dict.fromkeys(name for row in rows for name in row) or KEYS
+    write_rows(Path(out_file), rows, list(columns))
+    return len(open_rows)

@@ -1,0 +1,260 @@
+"""Calibration: what the probes say about the ranking.
+
+Contract: u is a rank in [0, 1], 1 = most uncertain; a probe's outcome is its pass rate p against
+the bought label and whether the majority answer is right. The curve is a sliding mean over the
+probes in order of u, made monotone (the ranking is only used if p falls with u, so a local rise
+is noise), and gives the two thresholds.
+
+Axes: N probes.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import isotonic_regression
+from scipy.stats import rankdata, spearmanr
+
+from pivottrace_verl.answers import AnswerKind, get_answers
+from pivottrace_verl.errors import PivotTraceError
+
+Floats = NDArray[np.float64]
+PREFIX = "uncertainty/"
+"""Columns of the scores that hold an estimator begin so."""
+_TOLERANCE = 1e-9
+"""Means of tenths miss their exact value by a rounding error."""
+
+
+def rank01(values: ArrayLike, ids: Sequence[str]) -> Floats:
+    """Ranks spread evenly over [0, 1], smallest value 0; ties by id, so the order of the rows
+    cannot matter. NaN (unknown) ranks above every number. A single value has rank 1."""
+    array = np.asarray(values, dtype=np.float64)
+    if len(array) != len(ids):
+        raise ValueError(f"{len(array)} values for {len(ids)} ids")
+    # NaN sorts last in lexsort, as it does in sort.
+    order = np.lexsort((np.asarray(ids, dtype=np.str_), array))
+    ranks = np.ones(len(array))
+    if len(array) > 1:
+        ranks[order] = np.arange(len(array)) / (len(array) - 1)
+    return ranks
+
+
+def default_probes(n_prompts: int) -> int:
+    """max(64, 2% of the pool), at most the whole pool."""
+    return min(n_prompts, max(64, math.ceil(0.02 * n_prompts)))
+
+
+def choose_probes(u: ArrayLike, ids: Sequence[str], n: int, seed: int) -> list[str]:
+    """`n` ids, one drawn from each of n equal stretches of the ranking, ascending in u.
+
+    Depends on (u, id) pairs and seed, not on their order. PivotTraceError unless 1 <= n <= P.
+    """
+    if not 1 <= n <= len(ids):
+        raise PivotTraceError(
+            f"{n} probes were asked for, but the pool has {len(ids)} prompts and at least 1 is "
+            "needed."
+        )
+    order = np.lexsort((np.asarray(ids, dtype=np.str_), np.asarray(u, dtype=np.float64)))
+    rng = np.random.Generator(np.random.PCG64([seed % 2**63, len(ids), n]))
+    return [ids[rng.choice(stretch)] for stretch in np.array_split(order, n)]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the policy did on one labelled prompt."""
+
+    pt_id: str
+    pass_rate: float
+    """Share of all rollouts, unparseable ones included, whose answer equals the label."""
+    majority_right: bool
+    """Whether the majority answer equals the label; False where there is no majority."""
+
+
+def rows_of(scores: Any, columns: Sequence[str] | None = None) -> list[Mapping[str, Any]]:
+    """The scores as dicts, from a table or from dicts already."""
+    if hasattr(scores, "to_pylist"):
+        names = scores.schema.names if columns is None else columns
+        return list(scores.select(list(names)).to_pylist())
+    return list(scores)
+
+
+def outcomes(scores: Any, labels: Mapping[str, str], kind: AnswerKind | str) -> list[Outcome]:
+    """Outcome of every prompt in `labels`, in the order of the scores.
+
+    Raises PivotTraceError for labels of prompts that are not scored.
+    """
+    kind = get_answers(kind) if isinstance(kind, str) else kind
+    rows = rows_of(scores, ["pt_id", "n_rollouts", "answers", "majority"])
+    unknown = sorted(set(labels) - {row["pt_id"] for row in rows})
+    if unknown:
+        raise PivotTraceError(
+            f"{len(unknown)} labelled prompts are not among the scores (first: {unknown[0]})."
+        )
+    out = []
+    for row in rows:
+        if row["pt_id"] not in labels:
+            continue
+        label = labels[row["pt_id"]]
+        right = sum(c["count"] for c in row["answers"] if kind.equal(c["answer"], label))
+        majority = row["majority"]
+        out.append(
+            Outcome(
+                pt_id=row["pt_id"],
+                pass_rate=right / row["n_rollouts"],
+                majority_right=majority is not None and kind.equal(majority, label),
+            )
+        )
+    return out
+
+
+@dataclass(frozen=True)
+class Curve:
+    """p(u) and m(u) along the ranking, and where they cross the thresholds."""
+
+    u: list[float]
+    """Centre of each window, ascending."""
+    p: list[float]
+    """Mean pass rate in the window."""
+    m: list[float]
+    """Share of right majorities in the window."""
+    p_monotone: list[float]
+    m_monotone: list[float]
+    u_low: float | None
+    """Up to here p >= mastered; None: nowhere. Never above u_high."""
+    u_high: float | None
+    """From here m < trusted; None: nowhere."""
+    probes: int
+    window: int
+    """Probes in a window."""
+
+
+def calibrate(
+    u: ArrayLike,
+    p: ArrayLike,
+    m: ArrayLike,
+    *,
+    mastered: float = 0.9,
+    trusted: float = 0.7,
+    window: float = 0.25,
+) -> Curve:
+    """[N] ranks, pass rates and majority outcomes -> the curve.
+
+    Between window centres the curve is linear, outside them constant.
+    """
+    order = np.argsort(np.asarray(u, dtype=np.float64), kind="stable")
+    if len(order) == 0:
+        raise PivotTraceError("No probe is labelled, so no threshold can be calibrated.")
+    size = min(len(order), max(1, round(window * len(order))))
+
+    def sliding(values: ArrayLike) -> Floats:
+        array = np.asarray(values, dtype=np.float64)[order]
+        means: Floats = np.lib.stride_tricks.sliding_window_view(array, size).mean(axis=1)
+        return means
+
+    at, pass_rate, right = sliding(u), sliding(p), sliding(m)
+    p_fall = np.asarray(isotonic_regression(pass_rate, increasing=False).x)
+    m_fall = np.asarray(isotonic_regression(right, increasing=False).x)
+    u_high = _crossing(at, m_fall, trusted)
+    u_low = _crossing(at, p_fall, mastered)
+    low: float | None = None
+    if p_fall[0] >= mastered - _TOLERANCE:
+        # A curve that never falls below the level is mastered to the end.
+        low = min(1.0 if u_low is None else u_low, 1.0 if u_high is None else u_high)
+    return Curve(
+        u=at.tolist(),
+        p=pass_rate.tolist(),
+        m=right.tolist(),
+        p_monotone=p_fall.tolist(),
+        m_monotone=m_fall.tolist(),
+        u_low=low,
+        u_high=u_high,
+        probes=len(order),
+        window=size,
+    )
+
+
+def _crossing(u: Floats, falling: Floats, level: float) -> float | None:
+    """Where a falling curve goes below `level`: 0 if it starts below, None if it never does."""
+    below = np.flatnonzero(falling < level - _TOLERANCE)
+    if below.size == 0:
+        return None
+    i = int(below[0])
+    if i == 0:
+        return 0.0
+    share = (falling[i - 1] - level) / (falling[i - 1] - falling[i])
+    return float(u[i - 1] + max(0.0, share) * (u[i] - u[i - 1]))
+
+
+def auroc(score: ArrayLike, positive: ArrayLike) -> float:
+    """Chance that a positive has the higher score, ties half; NaN if one class is empty."""
+    concordant, pairs = _concordance(np.asarray(score, float), np.asarray(positive, bool))
+    return concordant / pairs if pairs else math.nan
+
+
+def _concordance(score: Floats, positive: NDArray[np.bool_]) -> tuple[float, int]:
+    """(concordant pairs, pairs) of a positive and a negative."""
+    n = int(positive.sum())
+    pairs = n * (len(positive) - n)
+    return float(rankdata(score)[positive].sum()) - n * (n + 1) / 2, pairs
+
+
+def _within_terciles(score: Floats, positive: NDArray[np.bool_], length: Floats) -> float:
+    """AUROC over the pairs of similar length: both in one third of the lengths."""
+    thirds = np.array_split(np.argsort(length, kind="stable"), 3)
+    parts = [_concordance(score[third], positive[third]) for third in thirds if third.size]
+    pairs = sum(n for _, n in parts)
+    return sum(c for c, _ in parts) / pairs if pairs else math.nan
+
+
+def spearman(a: ArrayLike, b: ArrayLike) -> tuple[float, float]:
+    """(rho, p value); (NaN, NaN) if one side is constant or there are fewer than 3."""
+    x, y = np.asarray(a, float), np.asarray(b, float)
+    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return math.nan, math.nan
+    found = spearmanr(x, y)
+    return float(found.statistic), float(found.pvalue)
+
+
+def estimator_table(scores: Any, probes: Iterable[Outcome]) -> list[dict[str, Any]]:
+    """One row an estimator, as the probes see it; numbers that do not exist are None.
+
+    estimator; n (probes with a value); auroc: of the raw score for "the majority answer is
+    wrong" (no majority counts as wrong), below 0.5 where the direction is `lower`;
+    auroc_within_length: the same among prompts of one length tercile; spearman with the pass
+    rate and its p_value; direction: `higher` if higher scores are the uncertain ones, `lower`
+    if the probes say the opposite, None if undefined. In order of |spearman|, descending.
+    """
+    known = {outcome.pt_id: outcome for outcome in probes}
+    rows = [row for row in rows_of(scores) if row["pt_id"] in known]
+    names = [name.removeprefix(PREFIX) for name in (rows[0] if rows else {}) if PREFIX in name]
+    table = []
+    for name in names:
+        kept = [row for row in rows if not math.isnan(_value(row, name))]
+        raw = np.array([_value(row, name) for row in kept])
+        wrong = np.array([not known[row["pt_id"]].majority_right for row in kept], dtype=bool)
+        length = np.array([row["length_mean"] for row in kept], dtype=np.float64)
+        rho, p_value = spearman(raw, [known[row["pt_id"]].pass_rate for row in kept])
+        table.append(
+            {
+                "estimator": name,
+                "n": len(kept),
+                "auroc": _or_none(auroc(raw, wrong)),
+                "auroc_within_length": _or_none(_within_terciles(raw, wrong, length)),
+                "spearman": _or_none(rho),
+                "p_value": _or_none(p_value),
+                "direction": None if math.isnan(rho) else ("higher" if rho <= 0 else "lower"),
+            }
+        )
+    return sorted(table, key=lambda row: (-abs(row["spearman"] or 0.0), row["estimator"]))
+
+
+def _value(row: Mapping[str, Any], estimator: str) -> float:
+    value = row[PREFIX + estimator]
+    return math.nan if value is None else float(value)
+
+
+def _or_none(value: float) -> float | None:
+    return None if math.isnan(value) else value
