@@ -7,7 +7,7 @@ not added.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,24 @@ class ImportResult:
     """Rows without a label yet."""
     conflicts: list[tuple[str, str, str]] = field(default_factory=list)
     """(pt_id, label in the ledger, label in the file): the ledger's stands."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able."""
+        return asdict(self)
+
+    def sentence(self) -> str:
+        """What a person wants to know."""
+        text = (
+            f"{self.added} labels added, {self.already} were in the ledger already, {self.empty} "
+            "prompts have no label yet"
+        )
+        if self.conflicts:
+            pt_id, before, now = self.conflicts[0]
+            text += (
+                f"; {len(self.conflicts)} labels differ from the ledger's, which stand (first: "
+                f"{pt_id} has '{before}', the file says '{now}')"
+            )
+        return text + "."
 
 
 def export_queue(run: RunDir, pt_ids: Sequence[str], path: str | Path) -> int:
@@ -94,16 +112,22 @@ def _keep_work(run: RunDir, path: Path) -> None:
 
 
 def import_labels(
-    run: RunDir, path: str | Path, annotator: str, purpose: str, cost: float = 1.0
+    run: RunDir,
+    path: str | Path,
+    annotator: str,
+    purpose: str | None = None,
+    cost: float = 1.0,
 ) -> ImportResult:
     """Add the file's labels to the ledger; only `pt_id` and `label` are read.
+
+    `purpose` None: `probe` for the prompts of probes.json, `annotate` for all others.
 
     Raises PivotTraceError, with the ledger as it was, if the file is unreadable, lacks a column,
     names prompts that are not in the pool, holds labels that the run's answers kind cannot parse,
     or two different labels for one prompt.
     """
     path = Path(path)
-    if purpose not in PURPOSES:
+    if purpose is not None and purpose not in PURPOSES:
         raise PivotTraceError(
             f"A label's purpose is '{purpose}', but must be one of {', '.join(PURPOSES)}."
         )
@@ -149,6 +173,7 @@ def import_labels(
     ]
     if faults:
         raise PivotTraceError(f"{path} was not imported: {'; '.join(faults)}.")
+    probes = set(run.probes()["pt_ids"]) if (run.path / "probes.json").exists() else set()
     run.ledger().append(
         {
             "pt_id": pt_id,
@@ -156,7 +181,7 @@ def import_labels(
             "annotator": annotator,
             "source_file": str(path),
             "cost": cost,
-            "purpose": purpose,
+            "purpose": purpose or ("probe" if pt_id in probes else "annotate"),
         }
         for pt_id, label in new.items()
     )
