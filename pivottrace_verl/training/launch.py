@@ -9,11 +9,9 @@ RUN/train/metrics.jsonl is their union, later attempts winning.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -27,6 +25,9 @@ from pivottrace_verl.files import write_bytes_atomic, write_json_atomic
 from pivottrace_verl.plugin import cpu_platform_requested
 from pivottrace_verl.pool import RunDir
 from pivottrace_verl.training.data import write_training_files
+
+DIE_WITH_PARENT = "PIVOTTRACE_DIE_WITH_PARENT"
+"""Set for the job: a killed command must not leave a verl job behind that nobody watches."""
 
 StepSeen = Callable[[int, dict[str, float]], None]
 """Called with (step, verl's metrics of it) as the job logs them; step 0 is the first validation."""
@@ -152,11 +153,12 @@ def train(
     attempt_file = folder.resolve() / f"metrics-{attempt:03d}.jsonl"
     command = [sys.executable, "-m", "pivottrace_verl.training.main_ppo"]
     command += overrides(run, config, attempt_file)
-    environment = dict(os.environ)
+    environment = {**os.environ, DIE_WITH_PARENT: "1"}
     if cpu_platform_requested():
         from pivottrace_verl.cpu.settings import cpu_env, cpu_overrides
 
         command += cpu_overrides()
+        command += ["pivottrace.poll_interval_s=0.1"]
         environment |= cpu_env()
     command += [f"hydra.run.dir={json.dumps(str(folder.resolve() / 'hydra'))}", *extra]
     log = folder / "train.log"
@@ -167,7 +169,6 @@ def train(
             stderr=subprocess.STDOUT,
             env=environment,
             cwd=folder,
-            preexec_fn=_die_with_parent,
         )
         try:
             _watch(job, attempt_file, on_step)
@@ -191,13 +192,6 @@ def train(
     }
     write_json_atomic(done, result)
     return result
-
-
-def _die_with_parent() -> None:
-    """In the child: a killed command must not leave a verl job behind that nobody watches."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
 
 
 def _watch(job: subprocess.Popen[bytes], file: Path, on_step: StepSeen) -> None:

@@ -7,7 +7,9 @@ configuration, which is refused if some prompts have no label, because stock ver
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
 import sys
 from typing import Any
 
@@ -21,6 +23,7 @@ from verl.utils.device import auto_set_device
 
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.plugin import disabled
+from pivottrace_verl.training.launch import DIE_WITH_PARENT
 
 _Runner: Any = TaskRunnerV1.__ray_metadata__.modified_class
 
@@ -57,7 +60,7 @@ def check(config: DictConfig) -> None:
         ),
         (
             rollout.name != "vllm",
-            f"actor_rollout_ref.rollout.name is {rollout.name!r}; attention is captured in vLLM only.",
+            f"actor_rollout_ref.rollout.name is {rollout.name!r}; attention is captured in vLLM.",
         ),
         (
             bool(config.reward.reward_model.enable),
@@ -113,9 +116,18 @@ def run(config: DictConfig) -> None:
     run_ppo(config, task_runner_class=runner)
 
 
+def die_with_parent() -> None:
+    """Ask the kernel (Linux) for SIGTERM when the process that started this one is gone."""
+    if sys.platform == "linux":
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
 @hydra.main(config_path="config", config_name="pivottrace_trainer", version_base=None)
 def main(config: DictConfig) -> None:
     """Hydra's entry: print our own refusals as one sentence."""
+    if os.environ.get(DIE_WITH_PARENT):
+        die_with_parent()
     try:
         run(config)
     except PivotTraceError as error:

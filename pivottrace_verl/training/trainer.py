@@ -59,6 +59,12 @@ class PivotTrainerMixin(PPOTrainer):
             sampler=CurriculumSampler(self.curriculum, len(self.train_dataset)),
         )
 
+    def on_init_end(self) -> None:
+        super().on_init_end()
+        if self.config.pivottrace.poll_interval_s is not None:
+            # verl looks every 2 seconds, which is most of a step where steps take seconds.
+            self.replay_buffer.poll_interval = float(self.config.pivottrace.poll_interval_s)
+
     def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
         batch = super()._compute_advantage(batch, metrics)
         extras = queue.extra_fields(batch)

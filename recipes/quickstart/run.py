@@ -78,25 +78,32 @@ class Stages:
         self.file = run / "quickstart.json"
         self.console = console
         self.log: dict[str, Any] = (
-            json.loads(self.file.read_text()) if self.file.exists() else {"seconds": {}}
+            json.loads(self.file.read_text())
+            if self.file.exists()
+            else {"seconds": {}, "finished": []}
         )
 
-    def __call__(self, name: str, *command: str | Path, allow: tuple[int, ...] = (0,)) -> int:
-        """Run one command; its seconds are added up under `name`."""
+    def __call__(self, name: str, *command: str | Path | int) -> None:
+        """Run one command, unless it finished earlier; its seconds add up under `name`."""
         words = [str(word) for word in command]
+        line = shlex.join(words)
         self.console.rule(f"[bold]{name}", align="left")
-        self.console.print("$ " + shlex.join(words), style="dim", highlight=False)
+        if line in self.log["finished"]:
+            self.console.print("done earlier", style="dim")
+            return
+        self.console.print("$ " + line, style="dim", highlight=False, soft_wrap=True)
         start = time.monotonic()
         status = subprocess.run(words, check=False).returncode
         seconds = time.monotonic() - start
         self.log["seconds"][name] = round(self.log["seconds"].get(name, 0.0) + seconds, 1)
+        if status == 0:
+            self.log["finished"].append(line)
         self.save()
-        if status not in allow:
+        if status != 0:
             self.console.print(
                 f"error: stage {name} ended with status {status}; the same command goes on there."
             )
             sys.exit(status)
-        return status
 
     def save(self) -> None:
         temporary = self.file.with_suffix(".tmp")
@@ -152,7 +159,6 @@ def main() -> None:
     stage.save()
     write_summary(run, stage.log)
     stage("report", pivottrace, "report", run)
-    write_summary(run, stage.log)
     show(console, run)
 
 
@@ -191,7 +197,7 @@ def write_summary(run: Path, log: dict[str, Any]) -> None:
         "routes": triage["routes"],
         "estimator": triage["estimator"],
         "refused": triage.get("refused"),
-        "estimators": triage["estimators"],
+        "estimators": triage["table"],
         "steps": done["steps"],
         "validation": validation,
         "seconds": log["seconds"],

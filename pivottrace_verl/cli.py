@@ -1,0 +1,457 @@
+"""`pivottrace`: one verb a stage, each working on a run directory.
+
+    pivottrace init RUN --pool pool.parquet --model MODEL
+    pivottrace score RUN            pivottrace probe RUN
+    pivottrace annotate export RUN FILE      pivottrace annotate import RUN FILE
+    pivottrace triage RUN           pivottrace train RUN            pivottrace report RUN
+    pivottrace doctor
+
+Contract: a verb can be killed and run again; bad input is one sentence on stderr and exit status
+2, and leaves every file as it was. Heavy libraries are imported by the verbs that need them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any, ParamSpec, TypeVar
+
+import typer
+
+from pivottrace_verl import ui
+from pivottrace_verl.errors import PivotTraceError
+from pivottrace_verl.pool import RunDir
+
+app = typer.Typer(
+    help="Label-efficient RLVR for verl: which unlabelled prompts deserve a label?",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+annotate_app = typer.Typer(help="Hand prompts to annotators and take labels back.")
+app.add_typer(annotate_app, name="annotate")
+
+RunPath = Annotated[Path, typer.Argument(metavar="RUN", help="The run directory.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
+P = ParamSpec("P")
+R = TypeVar("R")
+
+Seed = Annotated[int, typer.Option(help="Seed of every draw in this stage.")]
+
+
+def told(verb: Callable[P, R]) -> Callable[P, R]:
+    """Turn our own errors, a full disk and Ctrl-C into one line and an exit status."""
+
+    @wraps(verb)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return verb(*args, **kwargs)
+        except PivotTraceError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(2) from error
+        except OSError as error:
+            print(f"error: {error.strerror or error}: {error.filename or ''}", file=sys.stderr)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            print("error: interrupted; the same command goes on here.", file=sys.stderr)
+            raise typer.Exit(130) from error
+
+    return wrapper
+
+
+def opened(path: Path, stack: ExitStack) -> RunDir:
+    """Open a run directory and hold its lock until the stack closes."""
+    run = RunDir.open(path)
+    stack.enter_context(run.lock())
+    return run
+
+
+@app.command()
+@told
+def init(
+    run: RunPath,
+    pool: Annotated[Path, typer.Option(help="Prompts: Parquet, JSONL or a datasets folder.")],
+    model: Annotated[Path, typer.Option(help="The policy, a Hugging Face model folder.")],
+    val: Annotated[Path | None, typer.Option(help="Validation prompts with their `label`.")] = None,
+    answers: Annotated[
+        str, typer.Option(help="math, exact, expression or package.module:factory.")
+    ] = "math",
+) -> None:
+    """Make a run directory from a pool of prompts; answers in the pool are not read."""
+    from pivottrace_verl.doctor import versions
+
+    made = RunDir.create(run, pool, model, val_file=val, answers_kind=answers)
+    made.update_manifest(versions=versions())
+    facts = made.manifest["pool"]
+    merged = facts["duplicates_merged"]
+    ui.say(
+        f"{run}: {facts['n_prompts']} distinct prompts"
+        + (f" ({merged} duplicates merged)" if merged else "")
+        + (f", {len(made.validation())} for validation" if val else "")
+        + f"; answers are compared as {answers}."
+    )
+
+
+@app.command()
+@told
+def score(
+    run: RunPath,
+    rollouts: Annotated[int, typer.Option(min=2, help="Rollouts a prompt.")] = 8,
+    max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest rollout, in tokens.")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
+    part_size: Annotated[int, typer.Option(min=1, help="Prompts a resumable part.")] = 64,
+    layers: Annotated[
+        str | None, typer.Option(help="Traced layers, such as 9,13; default: two in the middle.")
+    ] = None,
+    signal: Annotated[str, typer.Option(help="Row signal of the detector.")] = (
+        "response_long_mass"
+    ),
+    window: Annotated[int, typer.Option(min=1, help="W: long-range means this far back.")] = 32,
+    tau: Annotated[
+        float | None, typer.Option(help="Change that is a pivot; default: from the rollouts.")
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """Roll out every prompt in vLLM with attention captured, and score its uncertainty."""
+    from pivottrace_verl.attention.config import CaptureConfig
+    from pivottrace_verl.pivots import DetectorConfig
+    from pivottrace_verl.scoring import ScoreConfig
+    from pivottrace_verl.scoring import score as score_pool
+
+    config = ScoreConfig(
+        rollouts=rollouts,
+        temperature=temperature,
+        max_prompt_tokens=max_prompt_tokens,
+        max_tokens=max_tokens,
+        seed=seed,
+        part_size=part_size,
+    )
+    capture = CaptureConfig(layers=_numbers("--layers", layers), window=window)
+    detector = DetectorConfig(signal=signal, window=window, tau=tau)
+    timings: dict[str, float] = {}
+    with ExitStack() as stack:
+        opened_run = opened(run, stack)
+        with ui.timed(timings, "score"), ui.Bar("score") as bar:
+            score_pool(opened_run, config, capture, detector, bar.update)
+        opened_run.update_manifest(timings=timings)
+        table = opened_run.scores()
+        traced = sum(r["traced"] for row in table["rollouts"].to_pylist() for r in row)
+        total = sum(table["n_rollouts"].to_pylist())
+        tau = opened_run.manifest["detector"]["tau"]
+    ui.say(
+        f"{table.num_rows} prompts scored; {traced} of {total} rollouts traced, "
+        f"tau {tau:.4f}, {sum(table['unparseable'].to_pylist())} answers unparseable, "
+        f"{sum(table['truncated'].to_pylist())} rollouts truncated."
+    )
+
+
+def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
+    if text is None:
+        return None
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise PivotTraceError(
+            f"{option} must be whole numbers with commas, not {text!r}."
+        ) from error
+
+
+@app.command()
+@told
+def probe(
+    run: RunPath,
+    n: Annotated[
+        int | None, typer.Option(min=1, help="Probes; default: 2% of the pool, 64 at least.")
+    ] = None,
+    estimator: Annotated[str, typer.Option(help="Ranking they are spread over.")] = "pivot_density",
+    seed: Seed = 0,
+) -> None:
+    """Choose the prompts whose labels calibrate the ranking, spread evenly over it."""
+    from pivottrace_verl.triage import choose_probes, default_probes, uncertainty
+
+    with ExitStack() as stack:
+        opened_run = opened(run, stack)
+        ranks = uncertainty(opened_run.scores(), estimator)
+        ids = list(ranks)
+        wanted = n or default_probes(len(ids))
+        chosen = choose_probes([ranks[i] for i in ids], ids, wanted, seed)
+        opened_run.write_probes(estimator, seed, chosen)
+    ui.say(
+        f"{len(chosen)} probes chosen over the ranking by {estimator}; next: "
+        f"pivottrace annotate export {run} FILE --what probes"
+    )
+
+
+@annotate_app.command("export")
+@told
+def annotate_export(
+    run: RunPath,
+    file: Annotated[Path, typer.Argument(help="JSONL or CSV, by its suffix.")],
+    what: Annotated[str, typer.Option(help="probes, or queue: what triage wants.")] = "queue",
+) -> None:
+    """Write the prompts that wait for a label, most uncertain first."""
+    from pivottrace_verl.annotation import export_queue
+
+    with ExitStack() as stack:
+        opened_run = opened(run, stack)
+        count = export_queue(opened_run, _waiting(opened_run, what), file)
+    ui.say(f"{count} prompts written to {file}; fill in `label` and import the file.")
+
+
+def _waiting(run: RunDir, what: str) -> list[str]:
+    labeled = run.ledger().labels()
+    if what == "probes":
+        wanted = run.probes()["pt_ids"]
+    elif what == "queue":
+        rows = [row for row in run.plan().to_pylist() if row["route"] == "annotate"]
+        wanted = [row["pt_id"] for row in sorted(rows, key=lambda row: row["rank"])]
+    else:
+        raise PivotTraceError(f"--what must be probes or queue, not {what!r}.")
+    return [pt_id for pt_id in wanted if pt_id not in labeled]
+
+
+@annotate_app.command("import")
+@told
+def annotate_import(
+    run: RunPath,
+    file: Annotated[Path, typer.Argument(help="The file an annotator filled.")],
+    annotator: Annotated[str, typer.Option(help="Who labelled.")] = "annotator",
+    purpose: Annotated[
+        str | None, typer.Option(help="probe or annotate; default: probe until there is a plan.")
+    ] = None,
+    cost: Annotated[float, typer.Option(help="Cost a label, in your unit.")] = 1.0,
+    as_json: AsJson = False,
+) -> None:
+    """Check a filled file and buy its labels through the ledger: all of them or none."""
+    from pivottrace_verl.annotation import import_labels
+
+    with ExitStack() as stack:
+        opened_run = opened(run, stack)
+        planned = (opened_run.path / "plan.parquet").exists()
+        purpose = purpose or ("annotate" if planned else "probe")
+        result = import_labels(opened_run, file, annotator, purpose, cost=cost)
+    if as_json:
+        ui.print_json(vars(result))
+        return
+    ui.say(
+        f"{result.added} labels bought, {result.already} were there already, "
+        f"{result.empty} rows still empty, {len(result.conflicts)} conflicts."
+    )
+    for pt_id, kept, other in result.conflicts:
+        ui.say(f"conflict: {pt_id} keeps {kept!r}; the file has {other!r}.")
+
+
+@annotate_app.command("fill")
+@told
+def annotate_fill(
+    file: Annotated[Path, typer.Argument(help="An exported queue.")],
+    out: Annotated[Path, typer.Argument(help="The filled file to write.")],
+    answers: Annotated[Path, typer.Option(help="JSONL of pt_id and label.")],
+) -> None:
+    """Fill a queue from a file of known answers, as an annotator would: for experiments."""
+    from pivottrace_verl.annotation.oracle import fill
+
+    ui.say(f"{fill(file, answers, out)} labels filled into {out}.")
+
+
+@app.command()
+@told
+def triage(
+    run: RunPath,
+    estimator: Annotated[
+        str, typer.Option(help="Which estimator ranks the pool, or auto.")
+    ] = "pivot_density",
+    budget: Annotated[
+        int | None, typer.Option(min=0, help="Labels in all, probes included.")
+    ] = None,
+    overflow: Annotated[
+        str, typer.Option(help="Uncertain prompts beyond the budget: drop or self_train.")
+    ] = "drop",
+    mastered: Annotated[float, typer.Option(help="Pass rate from which a prompt is dropped.")] = (
+        0.9
+    ),
+    trusted: Annotated[float, typer.Option(help="Majority accuracy that votes need.")] = 0.7,
+    fallback: Annotated[
+        bool, typer.Option(help="If the probes refuse the estimator, take the one they name.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option(help="Show the plan, write nothing.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Calibrate the ranking on the probes and give every prompt its route."""
+    from pivottrace_verl.planning import make_plan
+    from pivottrace_verl.triage import TriageConfig
+
+    config = TriageConfig(
+        estimator=estimator, budget=budget, overflow=overflow, mastered=mastered, trusted=trusted
+    )
+    with ExitStack() as stack:
+        opened_run = opened(run, stack)
+        plan, refused = make_plan(opened_run, config, fallback=fallback)
+        info = {**plan.info(), "refused": refused}
+        if not dry_run:
+            opened_run.write_plan(plan.rows, info)
+    if as_json:
+        ui.print_json(info)
+        return
+    columns = list(plan.table[0]) if plan.table else []
+    ui.table(f"Estimators on {plan.table[0]['n']} probes", plan.table, columns)
+    if refused:
+        ui.say(f"refused: {refused}")
+    ui.say(
+        f"Ranked by {plan.estimator} ({plan.direction} is more uncertain); Spearman with the "
+        f"probes' pass rate {plan.spearman:+.2f}; mastered up to u = {_number(plan.curve.u_low)}, "
+        f"votes not trusted from u = {_number(plan.curve.u_high)}."
+    )
+    routes = plan.route_rows()
+    ui.table("Routes", routes, list(routes[0]))
+    labels = plan.labels
+    ui.say(
+        f"{labels['bought']} labels bought, {labels['to_buy']} to buy"
+        + (f", {labels['over_budget']} over the budget" if labels["over_budget"] else "")
+        + ("; nothing was written (--dry-run)." if dry_run else ".")
+    )
+
+
+def _number(value: float | None) -> str:
+    return "nowhere" if value is None else f"{value:.2f}"
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@told
+def train(
+    context: typer.Context,
+    run: RunPath,
+    steps: Annotated[int, typer.Option(min=1)] = 100,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts a step.")] = 32,
+    rollouts: Annotated[int, typer.Option(min=2, help="Rollouts a prompt.")] = 8,
+    learning_rate: Annotated[float, typer.Option(min=0.0)] = 1e-6,
+    order: Annotated[
+        str, typer.Option(help="mixed, easy_to_hard, uncertainty_first or random.")
+    ] = "mixed",
+    self_train_weight: Annotated[
+        float, typer.Option(min=0.0, help="Factor on the advantages of self_train prompts.")
+    ] = 1.0,
+    min_agreement: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share that must agree for a vote to count.")
+    ] = 0.0,
+    save_every: Annotated[
+        int, typer.Option(min=0, help="Steps between checkpoints; 0: at the end.")
+    ] = 0,
+    val_samples: Annotated[int, typer.Option(min=1, help="Validation rollouts a prompt.")] = 4,
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 1,
+    nodes: Annotated[int, typer.Option(min=1)] = 1,
+    seed: Seed = 0,
+) -> None:
+    """Train in verl on both rewards. Further words are Hydra overrides for verl."""
+    from pivottrace_verl.training.launch import TrainConfig
+    from pivottrace_verl.training.launch import train as train_run
+
+    config = TrainConfig(
+        steps=steps,
+        batch_size=batch_size,
+        rollouts=rollouts,
+        learning_rate=learning_rate,
+        seed=seed,
+        order=order,
+        self_train_weight=self_train_weight,
+        min_agreement=min_agreement,
+        val_samples=val_samples,
+        save_every=save_every,
+        n_gpus_per_node=gpus_per_node,
+        nnodes=nodes,
+    )
+    timings: dict[str, float] = {}
+    with ExitStack() as stack:
+        opened_run = opened(run, stack)
+        with ui.timed(timings, "train"), ui.Bar("train") as bar:
+            bar.update(0, steps, "starting verl")
+
+            def on_step(step: int, metrics: dict[str, float]) -> None:
+                bar.update(step, steps, _headline(metrics))
+
+            result = train_run(opened_run, config, context.args, on_step)
+        opened_run.update_manifest(timings=timings)
+    ui.say(f"{result['steps']} steps done; the model is in {run / result['checkpoint']}.")
+
+
+def _headline(metrics: dict[str, float]) -> str:
+    """The few of verl's metrics that fit on a line."""
+    shown = []
+    for name, value in metrics.items():
+        if name.startswith("val-core/") and "acc/mean@" in name:
+            shown.append(f"validation {value:.3f}")
+    for route in ("annotate", "self_train"):
+        if f"pivottrace/{route}/reward" in metrics:
+            shown.append(f"{route} reward {metrics[f'pivottrace/{route}/reward']:.2f}")
+    if "pivottrace/self_train/agreement" in metrics:
+        shown.append(f"agreement {metrics['pivottrace/self_train/agreement']:.2f}")
+    if "timing_s/step" in metrics:
+        shown.append(f"{metrics['timing_s/step']:.1f} s")
+    return ", ".join(shown)
+
+
+@app.command()
+@told
+def evaluate(
+    run: RunPath,
+    when: Annotated[str, typer.Argument(help="before or after training.")],
+    samples: Annotated[int, typer.Option(min=1, help="Rollouts a prompt at T=1.")] = 4,
+    seed: Seed = 0,
+) -> None:
+    """Validation accuracy of the model before or after training: sampled, and greedy beside it."""
+    from pivottrace_verl.planning import evaluate_run
+
+    with ExitStack() as stack:
+        result, fresh = evaluate_run(opened(run, stack), when, samples=samples, seed=seed)
+    ui.say(
+        f"{when} training: {result['mean']:.1%} (mean of {result['samples']} at T=1), "
+        f"{result['greedy']:.1%} greedy, over {result['n']} prompts"
+        + ("." if fresh else "; evaluated earlier.")
+    )
+
+
+@app.command()
+@told
+def report(run: RunPath) -> None:
+    """Write report.html, one self-contained page, and report.json beside it."""
+    from pivottrace_verl.report import write_report
+
+    with ExitStack() as stack:
+        ui.say(f"{write_report(opened(run, stack))} written.")
+
+
+@app.command()
+@told
+def doctor(
+    as_json: AsJson = False,
+    capture: Annotated[
+        bool, typer.Option(help="Prove the capture on a tiny model (about half a minute).")
+    ] = True,
+) -> None:
+    """Say what is installed, what loaded, and whether the capture tells the truth."""
+    from pivottrace_verl.doctor import diagnose
+
+    found = diagnose(capture=capture)
+    if as_json:
+        ui.print_json(found)
+    else:
+        for check in found["checks"]:
+            mark = "ok  " if check["ok"] else ("FAIL" if check["needed"] else "note")
+            ui.say(f"{mark}  {check['name']}: {check['says']}")
+        ui.say("All that is needed is there." if found["ok"] else "Something needed is missing.")
+    if not found["ok"]:
+        raise typer.Exit(1)
+
+
+def main() -> Any:
+    """The console script."""
+    return app()
+
+
+if __name__ == "__main__":
+    main()
