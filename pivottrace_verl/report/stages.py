@@ -1,0 +1,108 @@
+"""How far the run is, what it bought and what training gave: the report's first screen as numbers.
+
+Contract: read-only; a stage that is not done is named as not done, never an error.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pivottrace_verl.files import read_json
+from pivottrace_verl.pool import RunDir
+from pivottrace_verl.report.learning import Learning
+
+RESULTS = (("mean4", "mean of 4"), ("mean", "mean, T=1"), ("greedy", "greedy"))
+"""(key in summary.json, name on the page)."""
+
+
+def label_counts(run: RunDir, n_prompts: int) -> dict[str, Any]:
+    """Labels bought, by purpose, and their share of the pool. They are the ledger's, no others."""
+    ledger = run.ledger()
+    purposes = list(ledger.purposes().values())
+    return {
+        "total": len(purposes),
+        "probe": purposes.count("probe"),
+        "annotate": purposes.count("annotate"),
+        "share": len(purposes) / n_prompts if n_prompts else 0.0,
+        "cost": ledger.spent(),
+        "torn_lines": len(ledger.torn),
+    }
+
+
+def stage_list(
+    run: RunDir, manifest: Mapping[str, Any], learning: Learning, *, refused: bool
+) -> list[dict[str, Any]]:
+    """[{name, done, detail, seconds}] of score, probe, triage, annotate and train, in order.
+
+    `refused`: triage was asked and would not go through.
+    """
+    path = run.path
+    timings = manifest.get("timings", {})
+    labels = run.ledger().labels()
+    out: list[dict[str, Any]] = []
+
+    def add(name: str, done: bool, detail: str) -> None:
+        seconds = timings.get(name)
+        seconds = float(seconds) if isinstance(seconds, int | float) else None
+        out.append({"name": name, "done": done, "detail": detail, "seconds": seconds})
+
+    scored = (path / "scores.parquet").exists()
+    parts = len(run.finished_parts())
+    begun = f"not done yet, {parts} parts written" if parts else "not done yet"
+    add("score", scored, f"{manifest['pool']['n_prompts']} prompts" if scored else begun)
+
+    probes = run.probes()["pt_ids"] if (path / "probes.json").exists() else []
+    bought = sum(pt_id in labels for pt_id in probes)
+    detail = f"{bought} of {len(probes)} labels" if probes else "not done yet"
+    add("probe", bool(probes) and bought == len(probes), detail)
+
+    planned = (path / "plan.parquet").exists()
+    open_detail = "refused" if refused else "not done yet"
+    add("triage", planned, "every prompt has a route" if planned else open_detail)
+
+    rows = run.plan().select(["pt_id", "route"]).to_pylist() if planned else []
+    wanted = [row["pt_id"] for row in rows if row["route"] == "annotate"]
+    have = sum(pt_id in labels for pt_id in wanted)
+    detail = f"{have} of {len(wanted)} labels" if planned else "not done yet"
+    add("annotate", planned and have == len(wanted), detail)
+
+    steps = learning.steps
+    add("train", steps > 0, f"{steps} steps" if steps else "not done yet")
+    return out
+
+
+def result(path: Path, learning: Learning) -> dict[str, Any] | None:
+    """Validation accuracy before and after training: of summary.json, else the first and last
+    validation that training logged, else None. {"source", "rows": [{name, before, after}]}"""
+    summary = path / "summary.json"
+    validation = (read_json(summary) if summary.exists() else {}).get("validation") or {}
+    before, after = validation.get("before") or {}, validation.get("after") or {}
+    rows = [
+        {"name": name, "before": float(before[key]), "after": float(after[key])}
+        for key, name in RESULTS
+        if before.get(key) is not None and after.get(key) is not None
+    ]
+    if rows:
+        return {"source": "summary.json", "rows": rows}
+    rows = [
+        {"name": name.removeprefix("val-core/"), "before": points[0][1], "after": points[-1][1]}
+        for name, points in learning.validation().items()
+        if len(points) > 1
+    ]
+    return {"source": "train/metrics.jsonl", "rows": rows} if rows else None
+
+
+def headline(
+    stages: list[dict[str, Any]], labels: Mapping[str, Any], outcome: Mapping[str, Any] | None
+) -> str:
+    """The page's first sentence: the key result, or how far the run is."""
+    if outcome is not None:
+        row = outcome["rows"][0]
+        return (
+            f"Validation accuracy ({row['name']}) went from {row['before']:.1%} to "
+            f"{row['after']:.1%} with labels for {labels['share']:.1%} of the pool."
+        )
+    missing = [stage["name"] for stage in stages if not stage["done"]]
+    if missing:
+        return f"This run is not finished: {', '.join(missing)} not done yet."
+    return "Training ran, but no validation accuracy before and after it is recorded."
