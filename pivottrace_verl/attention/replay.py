@@ -12,12 +12,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 from pivottrace_verl.attention.channel import Trace
 from pivottrace_verl.attention.config import CaptureConfig
 from pivottrace_verl.attention.reference import dense_statistics, group_heads
 from pivottrace_verl.errors import PivotTraceError
+from pivottrace_verl.pivots import FEATURES
 
 INTERFACE = "pivottrace_replay"
 
@@ -101,3 +103,22 @@ def _log_sum_exp(
     scores = torch.einsum("hnd,hsd->hns", q, k) * scaling
     later = torch.arange(k.shape[1], device=k.device) > positions.to(k.device)[:, None]
     return scores.masked_fill(later, -torch.inf).logsumexp(-1)
+
+
+def compare(trace: Trace, reference: Trace, config: CaptureConfig) -> dict[str, float]:
+    """Largest absolute difference of each feature, distances in units of their window, and of
+    `token_entropy`.
+
+    Raises PivotTraceError where the two traces do not have the same shape.
+    """
+    if trace.stats.shape != reference.stats.shape:
+        raise PivotTraceError(
+            f"Traces of shape {trace.stats.shape} and {reference.stats.shape} cannot be compared."
+        )
+    difference = np.abs(trace.stats - reference.stats).max(axis=(0, 1, 2))
+    errors = {
+        name: float(value) / (config.window if name.endswith("distance") else 1)
+        for name, value in zip(FEATURES, difference, strict=True)
+    }
+    entropy = np.abs(trace.token_entropy - reference.token_entropy).max()
+    return {**errors, "token_entropy": float(entropy)}
