@@ -51,9 +51,7 @@ def render(report: Report) -> str:
     style = files(__name__).joinpath("style.css").read_text(encoding="utf-8")
     numbers = report.numbers
     calibration = numbers["calibration"]
-    counts = {row["route"]: row["count"] for row in numbers["routes"]}
     drawn: dict[str, Any] = {
-        "routes": charts.routes_bar(counts),
         "calibration": charts.calibration(
             calibration["probes"],
             calibration["curve"],

@@ -20,34 +20,12 @@ ROUTES = ("drop", "self_train", "annotate")
 
 @dataclass(frozen=True)
 class Chart:
-    """`legend` holds (CSS classes of the swatch, text)."""
+    """`legend` holds (CSS classes of the swatch, text); an empty title is not shown."""
 
     title: str
     svg: Markup = field(default_factory=Markup)
     legend: list[tuple[str, str]] = field(default_factory=list)
     note: str = ""
-
-
-def routes_bar(counts: Mapping[str, int]) -> Chart:
-    """One stacked bar, easy to hard from left to right, with counts and shares written on it."""
-    total = sum(counts.values())
-    shares = {route: counts.get(route, 0) / total for route in ROUTES} if total else {}
-    alt = "Routes: " + ", ".join(
-        f"{route} {counts.get(route, 0)} prompts ({share:.1%})" for route, share in shares.items()
-    )
-    plot = Plot(alt, (0, 1), (0, 1), width=860, height=64, left=1, right=1, top=1, bottom=19)
-    start = 0.0
-    for route, share in shares.items():
-        if share == 0:
-            continue
-        plot.area([start, start + share], [0, 0], [1, 1], f"r-{route} solid")
-        if share >= 0.06:
-            middle = plot.px(start + share / 2)
-            plot.label(middle, 28, f"{share:.1%}", "on-solid", "middle")
-            plot.label(middle, 60, route, "name", "middle")
-        start += share
-    legend = [(f"swatch r-{r}", f"{r}: {counts.get(r, 0)} ({shares[r]:.1%})") for r in shares]
-    return Chart("Routes", plot.markup(), legend)
 
 
 def calibration(
@@ -63,9 +41,8 @@ def calibration(
     None if there are too few probes for one; `config` names the levels `mastered` and `trusted`.
     The routes are shaded only if triage went through (`shaded`).
     """
-    title = "Calibration curve"
     if not probes:
-        return Chart(title, note="No probe has a label yet, so there is no curve.")
+        return Chart("", note="No probe has a label yet, so there is no curve.")
     thresholds = {name: (curve or {}).get(name) for name in ("u_low", "u_high")}
     told = [f"{len(probes)} probes, pass rate over uncertainty rank."]
     told += [f"{name} {value:.2f}." for name, value in thresholds.items() if value is not None]
@@ -77,7 +54,7 @@ def calibration(
         height=390,
         top=44,
         left=56,
-        right=70,
+        right=92,
     )
     if shaded:
         _shade_routes(plot, thresholds["u_low"], thresholds["u_high"])
@@ -120,7 +97,7 @@ def calibration(
             if text:
                 legend.append((f"stroke {cls}", text))
     note = "" if curve else "Too few probes are labelled for a curve; the points are shown."
-    return Chart(title, plot.markup(), legend, note)
+    return Chart("", plot.markup(), legend, note)
 
 
 def _shade_routes(plot: Plot, u_low: float | None, u_high: float | None) -> None:
@@ -190,6 +167,7 @@ def composition(learning: Learning, route: str) -> Chart:
     xs = [float(step) for step, _ in shares["mixed"]]
     last = ", ".join(f"{part.replace('_', ' ')} {shares[part][-1][1]:.0%}" for part in PARTS)
     plot = Plot(f"{title}; at the last step {last}.", span(xs), (0, 1), left=52)
+    plot.axes("training step", "share of groups", True, whole_x=True)
     bottom = [0.0] * len(xs)
     if len(xs) == 1:
         xs = [plot.x[0], plot.x[1]]
@@ -200,7 +178,6 @@ def composition(learning: Learning, route: str) -> Chart:
         top = [b + v for b, v in zip(bottom, values, strict=True)]
         plot.area(xs, bottom, top, f"r-{route} {part}")
         bottom = top
-    plot.axes("training step", "share of groups", True, whole_x=True)
     legend = [(f"swatch r-{route} {part}", part.replace("_", " ")) for part in PARTS]
     return Chart(title, plot.markup(), legend)
 
@@ -284,7 +261,7 @@ def signal_strip(values: Sequence[float], pivots: Sequence[int], name: str) -> M
         top=8,
         bottom=22,
     )
-    plot.axes("", "")
+    plot.axes("", "", about=2)
     plot.line([float(i) for i in range(len(values))], list(values), "signal")
     for i in pivots:
         plot.point(i, values[i], "pivot", f"token {i}: {values[i]:.4f}")

@@ -25,12 +25,13 @@ METHOD = (
     "detector's details are our choice."
 )
 
+NOT_TRIAGED = "Curve, thresholds, score table: computed for this page from scores and probe labels."
+
 PROVENANCE = (
     "Pool size: manifest.json; equal prompts are one prompt.",
     "Labels bought, cost: ledger.jsonl, probes included. No other label is read.",
     "Routes, uncertainty, reasons: plan.parquet.",
     "Pass rates and right majorities: the answers in scores.parquet against the probes' labels.",
-    "Curve, thresholds, score table: triage.json.",
     "Tokens, signal, changes, pivots: traces/, under the detector frozen in manifest.json.",
     "Training curves: train/metrics.jsonl.",
 )
@@ -66,13 +67,14 @@ def collect(run: RunDir, now: datetime) -> Report:
     detector = DetectorConfig.from_dict(manifest["detector"]) if "detector" in manifest else None
     examples, traced = _examples(run, manifest, view, detector)
     curve = view["curve"] or {}
-    provenance = [*PROVENANCE]
+    triaged = "Curve, thresholds, score table: triage.json."
+    provenance = [*PROVENANCE, triaged if view["triaged"] else NOT_TRIAGED]
     if outcome is not None:
         provenance.append(f"Validation before and after: {outcome['source']}.")
     numbers = {
         "format": 1,
         "run": run.path.resolve().name,
-        "written": now.isoformat(timespec="minutes"),
+        "written": now.strftime("%Y-%m-%d %H:%M %Z").strip(),
         "headline": stages.headline(stage_list, labels, outcome),
         "pool": manifest["pool"],
         "model": {

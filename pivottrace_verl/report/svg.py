@@ -97,13 +97,18 @@ class Plot:
         self._add("text", cls, x=px, y=py, text_anchor=anchor).text = text
 
     def axes(
-        self, x_label: str, y_label: str, percent: bool = False, whole_x: bool = False
+        self,
+        x_label: str,
+        y_label: str,
+        percent: bool = False,
+        whole_x: bool = False,
+        about: int = 5,
     ) -> None:
-        """Grid lines, tick texts and axis names. `percent` writes y in per cent."""
+        """Grid lines, about `about` tick texts on y, axis names; `percent`: y in per cent."""
         x_ticks = ticks(*self.x)
         if whole_x:
             x_ticks = [t for t in x_ticks if t == round(t)]
-        for t in ticks(*self.y):
+        for t in ticks(*self.y, about):
             y = self.py(t)
             self._add("line", "gridline", x1=self.left, x2=self.width - self.right, y1=y, y2=y)
             text = f"{number(100 * t)}%" if percent else number(t)

@@ -193,9 +193,9 @@ def _note(view: Mapping[str, Any], best: float | None) -> str:
     n = len(view["probes"])
     wrong = sum(not probe["majority_right"] for probe in view["probes"])
     text = (
-        f"On {n} probes, {wrong} with a wrong majority answer (none counts as wrong). 0.5 is a "
-        "coin toss. Each score is read in the direction the same probes give it, which flatters "
-        "weak scores a little."
+        f"On {n} probes, {wrong} with a wrong majority answer (no majority counts as wrong). 0.5 "
+        "is a coin toss. Each score is read in the direction that the same probes give it, which "
+        "flatters weak scores a little."
     )
     if best is not None and 0 < wrong < n:
         error = standard_error(best, wrong, n - wrong)

@@ -14,8 +14,7 @@ from pivottrace_verl.pivots import FEATURES, DetectorConfig, calibrate_tau, find
 from pivottrace_verl.pool import RunDir, write_json_atomic
 from pivottrace_verl.triage import TriageConfig, choose_probes, outcomes, triage, uncertainty
 
-STAGES = ("new", "score", "probe", "triage", "annotate", "train")
-WORDS = "so try 3 * 4 = 12 then 12 - 5 = 7 no wait go back and try again".split()
+WORDS = ("so", "try", "3", "*", "4", "=", "12", "then", "go", "back", "and", "try", "again")
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,7 @@ def score_run(run: RunDir, spec: Spec, rng: np.random.Generator) -> dict[str, st
         values = {name: float(rng.normal()) for name in names}
         values[spec.best] = float(hard + 0.08 * rng.normal())
         if not spec.pivots_informative:
-            values["pivot_count"] = float(rng.normal())
+            values["pivot_count"] = 2.0
         values["entropy"] = values["entropy"] if spec.best == "entropy" else float(0.4 * hard)
         if spec.best != "entropy":
             values["entropy"] += float(0.3 * rng.normal())
@@ -187,14 +186,14 @@ def write_metrics(run: RunDir, spec: Spec, rng: np.random.Generator) -> None:
             data[f"val-core/countdown{spec.hostile}/acc/mean@4"] = 0.31 + 0.16 * rise
         if step:
             for route in ("annotate", "self_train"):
-                mixed = float(0.5 + 0.1 * rng.normal())
+                mixed = float(0.45 + 0.1 * np.sin(step + len(route)))
                 right = float(0.2 + 0.2 * rise)
                 data |= {
                     f"pivottrace/{route}/reward": float(0.3 + 0.3 * rise + 0.05 * rng.normal()),
                     f"pivottrace/{route}/mixed": mixed,
                     f"pivottrace/{route}/all_right": right,
                     f"pivottrace/{route}/all_wrong": 1 - mixed - right,
-                    f"pivottrace/{route}/pivot_density": float(0.05 - 0.01 * rise),
+                    f"pivottrace/{route}/pivot_density": float(0.05 - 0.001 * len(route) * rise),
                 }
             data["pivottrace/self_train/agreement"] = 0.6 + 0.2 * rise
             data["pivottrace/self_train/pseudo_label_accuracy"] = 0.8
