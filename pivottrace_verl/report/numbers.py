@@ -109,7 +109,7 @@ def collect(run: RunDir, now: datetime) -> Report:
                 if name.startswith(("pivottrace/", "val-core/"))
             },
         },
-        "missing": _missing(detector),
+        "missing": _missing(detector, refused=bool(view["refused"])),
         "method": METHOD,
         "provenance": provenance,
         "manifest": manifest,
@@ -239,13 +239,14 @@ def _detector_line(detector: DetectorConfig | None) -> str:
     )
 
 
-def _missing(detector: DetectorConfig | None) -> dict[str, str]:
+def _missing(detector: DetectorConfig | None, *, refused: bool) -> dict[str, str]:
     """Why a part is empty, if it is."""
+    done = "refuses this ranking" if refused else "is not done yet"
     examples = "No traces are kept in this run, so there is no rollout to show."
     if detector is None or detector.tau is None:
         examples = "The detector is not calibrated yet, so there are no pivots to show."
     return {
-        "routes": "Triage is not done yet, so no prompt has a route.",
+        "routes": f"Triage {done}, so no prompt has a route.",
         "estimators": "No probe has a label yet, so the scores cannot be compared.",
         "examples": examples,
         "learning": "Training is not done yet, so there is no learning curve.",

@@ -34,7 +34,7 @@ def stage_list(
 ) -> list[dict[str, Any]]:
     """[{name, done, detail, seconds}] of score, probe, triage, annotate and train, in order.
 
-    `refused`: triage was asked and would not go through.
+    `refused`: triage does not go through on these probes.
     """
     path = run.path
     timings = manifest.get("timings", {})
@@ -57,7 +57,7 @@ def stage_list(
     add("probe", bool(probes) and bought == len(probes), detail)
 
     planned = (path / "plan.parquet").exists()
-    open_detail = "refused" if refused else "not done yet"
+    open_detail = "refuses this ranking" if refused else "not done yet"
     add("triage", planned, "every prompt has a route" if planned else open_detail)
 
     rows = run.plan().select(["pt_id", "route"]).to_pylist() if planned else []

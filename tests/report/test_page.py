@@ -148,12 +148,12 @@ def test_absent_metrics_leave_their_chart_out_with_a_line(make: Make) -> None:
 
 def test_a_refusal_is_quoted_with_the_curve_that_led_to_it(make: Make) -> None:
     page, numbers = written(make(upto="probe", best="entropy", pivots_informative=False))
-    assert "Triage refused." in page.text
+    assert "Triage refuses this ranking." in page.text
     assert "'pivot_count' (direction higher) does not tell where the policy fails" in page.text
     assert numbers["calibration"]["best"] == "entropy"
     assert numbers["estimators"]["winners"] == ["entropy"]
     assert len(numbers["calibration"]["curve"]["u"]) > 1
-    assert "refused" in {stage["detail"] for stage in numbers["stages"]}
+    assert "refuses this ranking" in {stage["detail"] for stage in numbers["stages"]}
     assert not [a for _, a in page.tags if (a.get("class") or "").startswith("band")]
 
 
