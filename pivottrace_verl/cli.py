@@ -276,6 +276,9 @@ def triage(
         0.9
     ),
     trusted: Annotated[float, typer.Option(help="Majority accuracy that votes need.")] = 0.7,
+    min_spearman: Annotated[
+        float, typer.Option(help="Rank correlation with failure that a ranking needs.")
+    ] = 0.1,
     fallback: Annotated[
         bool, typer.Option(help="If the probes refuse the estimator, take the one they name.")
     ] = False,
@@ -287,7 +290,12 @@ def triage(
     from pivottrace_verl.triage import TriageConfig
 
     config = TriageConfig(
-        estimator=estimator, budget=budget, overflow=overflow, mastered=mastered, trusted=trusted
+        estimator=estimator,
+        budget=budget,
+        overflow=overflow,
+        mastered=mastered,
+        trusted=trusted,
+        min_spearman=min_spearman,
     )
     with ExitStack() as stack:
         opened_run = opened(run, stack)

@@ -94,7 +94,15 @@ class Engine:
         if current_platform.is_cpu():
             os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
-            self._options.update(dtype="float32", enforce_eager=True)
+            self._options.update(
+                dtype="float32",
+                enforce_eager=True,
+                # vLLM 0.28 rewinds the generator of a seeded request whose prompt is prefilled in
+                # chunks by its offset, which a CPU generator does not have
+                # (v1/worker/gpu_model_runner.py, _bookkeeping_sync).
+                enable_chunked_prefill=False,
+                max_num_batched_tokens=max(8192, self._options["max_model_len"]),
+            )
         self._llm = LLM(model=self._model, **self._options)
         return self
 
@@ -149,7 +157,7 @@ class Engine:
         trace = None
         if self._receiver is not None:
             trace = self._receiver.get(key, n_tokens=len(ids), timeout=self._timeout)
-        logprobs = [step[token].logprob for token, step in zip(ids, completion.logprobs)]
+        logprobs = [s[token].logprob for token, s in zip(ids, completion.logprobs, strict=True)]
         return Rollout(
             token_ids=ids,
             text=completion.text,

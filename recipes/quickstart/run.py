@@ -32,6 +32,9 @@ FULL = {
     "pool": ["--n-pool", "640", "--n-val", "200"],
     "score": ["--rollouts", "8"],
     "probes": 64,
+    # The method's own estimator first; if the probes find it uninformative here, the one they
+    # recommend: --fallback says which and why.
+    "triage": ["--fallback"],
     "train": ["--steps", "36", "--batch-size", "32", "--rollouts", "8"],
     "val_samples": 4,
 }
@@ -41,6 +44,8 @@ SMALL = {
     "pool": ["--n-pool", "64", "--n-val", "24"],
     "score": ["--rollouts", "4", "--part-size", "32"],
     "probes": 16,
+    # A model of half a minute gives no ranking worth the name; both routes must be trained on.
+    "triage": ["--min-spearman", "1e-6", "--overflow", "self_train"],
     "train": ["--steps", "4", "--batch-size", "8", "--rollouts", "4", "--val-samples", "1"],
     "val_samples": 2,
 }
@@ -144,9 +149,7 @@ def main() -> None:
     annotate(stage, pivottrace, run, data, "probes")
     n_pool = sum(1 for _ in (data / "pool.jsonl").open())
     budget = str(int(LABEL_SHARE * n_pool))
-    # The method's own estimator first; if the probes find it uninformative here, the one they
-    # recommend: --fallback says which and why.
-    stage("triage", pivottrace, "triage", run, "--budget", budget, "--fallback")
+    stage("triage", pivottrace, "triage", run, "--budget", budget, *size["triage"])
     annotate(stage, pivottrace, run, data, "queue")
     stage(
         "train", pivottrace, "train", run, *size["train"],
