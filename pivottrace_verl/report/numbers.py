@@ -62,7 +62,8 @@ def collect(run: RunDir, now: datetime) -> Report:
     learning = read_metrics(run.path / "train" / "metrics.jsonl")
     view = verdict.probe_view(run, manifest)
     labels = stages.label_counts(run, manifest["pool"]["n_prompts"])
-    stage_list = stages.stage_list(run, manifest, learning, refused=bool(view["refused"]))
+    refused = bool(view["refused"]) and not view["triaged"]
+    stage_list = stages.stage_list(run, manifest, learning, refused=refused)
     outcome = stages.result(run.path, learning)
     detector = DetectorConfig.from_dict(manifest["detector"]) if "detector" in manifest else None
     examples, traced = _examples(run, manifest, view, detector)
@@ -109,7 +110,7 @@ def collect(run: RunDir, now: datetime) -> Report:
                 if name.startswith(("pivottrace/", "val-core/"))
             },
         },
-        "missing": _missing(detector, refused=bool(view["refused"])),
+        "missing": _missing(detector, refused=refused),
         "method": METHOD,
         "provenance": provenance,
         "manifest": manifest,

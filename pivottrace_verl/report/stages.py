@@ -11,9 +11,6 @@ from pivottrace_verl.files import read_json
 from pivottrace_verl.pool import RunDir
 from pivottrace_verl.report.learning import Learning
 
-RESULTS = (("mean4", "mean of 4"), ("mean", "mean, T=1"), ("greedy", "greedy"))
-"""(key in summary.json, name on the page)."""
-
 
 def label_counts(run: RunDir, n_prompts: int) -> dict[str, Any]:
     """Labels bought, by purpose, and their share of the pool. They are the ledger's, no others."""
@@ -72,24 +69,35 @@ def stage_list(
 
 
 def result(path: Path, learning: Learning) -> dict[str, Any] | None:
-    """Validation accuracy before and after training: of summary.json, else the first and last
-    validation that training logged, else None. {"source", "rows": [{name, before, after}]}"""
-    summary = path / "summary.json"
-    validation = (read_json(summary) if summary.exists() else {}).get("validation") or {}
-    before, after = validation.get("before") or {}, validation.get("after") or {}
-    rows = [
-        {"name": name, "before": float(before[key]), "after": float(after[key])}
-        for key, name in RESULTS
-        if before.get(key) is not None and after.get(key) is not None
-    ]
-    if rows:
-        return {"source": "summary.json", "rows": rows}
+    """Validation accuracy before and after training, {"source", "rows": [{name, before, after}]}.
+
+    Of summary.json, else of validation.json, else the first and last validation that training
+    logged, else None.
+    """
+    for source in ("summary.json", "validation.json"):
+        if not (path / source).exists():
+            continue
+        content = read_json(path / source)
+        found = content.get("validation") or {} if source == "summary.json" else content
+        rows = _before_and_after(found.get("before") or {}, found.get("after") or {})
+        if rows:
+            return {"source": source, "rows": rows}
     rows = [
         {"name": name.removeprefix("val-core/"), "before": points[0][1], "after": points[-1][1]}
         for name, points in learning.validation().items()
         if len(points) > 1
     ]
     return {"source": "train/metrics.jsonl", "rows": rows} if rows else None
+
+
+def _before_and_after(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
+    samples = before.get("samples")
+    mean = f"mean of {samples}" if samples else "mean at T=1"
+    return [
+        {"name": name, "before": float(before[key]), "after": float(after[key])}
+        for key, name in (("mean", mean), ("mean4", "mean of 4"), ("greedy", "greedy"))
+        if before.get(key) is not None and after.get(key) is not None
+    ]
 
 
 def headline(

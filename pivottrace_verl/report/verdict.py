@@ -1,8 +1,8 @@
 """What the probes say: the calibration curve and which score points best at wrong majorities.
 
-Contract: only labels bought as probes are used. After triage the numbers are those of triage.json
-and plan.parquet; before it, or when it refused, they are computed here by the same functions, and
-marked so. Nothing presumes that pivots win: the sentence is read off the table.
+Contract: only the labels of the probes drawn are used. After triage the numbers are those of
+triage.json and plan.parquet; before it, or when it refused, they are computed here by the same
+functions, and marked so. Nothing presumes that pivots win: the sentence is read off the table.
 Axes: N probes.
 """
 
@@ -40,15 +40,18 @@ def probe_view(run: RunDir, manifest: Mapping[str, Any]) -> dict[str, Any]:
     if not (run.path / "scores.parquet").exists():
         return view
     scores = run.scores()
-    labels = run.ledger()
-    found = outcomes(scores, labels.labels("probe"), manifest["answers"]["kind"])
+    labels = run.ledger().labels()
+    drawn = set(run.probes()["pt_ids"]) if (run.path / "probes.json").exists() else set()
+    probed = {pt_id: label for pt_id, label in labels.items() if pt_id in drawn}
+    found = outcomes(scores, probed, manifest["answers"]["kind"])
     if view["triaged"]:
         info = run.triage()
         view |= {key: info.get(key) for key in ("curve", "table", "estimator", "direction")}
         view |= {"spearman": info.get("spearman"), "config": info.get("config")}
+        view["refused"] = info.get("refused")  # Then another estimator took its place.
         u = {row["pt_id"]: row["uncertainty"] for row in run.plan().to_pylist()}
     elif found:
-        view |= _so_far(run, manifest, scores, found, set(labels.labels()))
+        view |= _so_far(run, manifest, scores, found, set(labels))
         u = uncertainty(scores, view["estimator"], view["direction"])
         if view["curve"] is None and len(found) >= FEWEST:
             rows = [(u[o.pt_id], o.pass_rate, o.majority_right) for o in found]

@@ -157,6 +157,27 @@ def test_a_refusal_is_quoted_with_the_curve_that_led_to_it(make: Make) -> None:
     assert not [a for _, a in page.tags if (a.get("class") or "").startswith("band")]
 
 
+def test_a_refused_estimator_is_named_beside_the_one_that_took_its_place(make: Make) -> None:
+    run = make(upto="triage", best="entropy", pivots_informative=False)
+    run.write_plan(run.plan().to_pylist(), {**run.triage(), "refused": "Pivots say nothing."})
+    page, numbers = written(run)
+    assert "Triage refused the ranking first asked for. Pivots say nothing." in page.text
+    assert "The plan was made with entropy." in page.text
+    assert numbers["routes"] and "every prompt has a route" in page.text
+
+
+def test_validation_figures_are_read_before_there_is_a_summary(make: Make) -> None:
+    run = make(upto="annotate")
+    before = {"mean": 0.2, "greedy": 0.3, "samples": 4}
+    path = run.path / "validation.json"
+    path.write_text(json.dumps({"before": before}))
+    assert written(run)[1]["result"] is None
+    path.write_text(json.dumps({"before": before, "after": {"mean": 0.4, "greedy": 0.5}}))
+    page, numbers = written(run)
+    assert numbers["result"]["source"] == "validation.json"
+    assert "Validation accuracy (mean of 4) went from 20.0% to 40.0%" in page.text
+
+
 def test_majorities_are_judged_by_bought_labels_only(make: Make) -> None:
     run = make()
     labels = run.ledger().labels()
