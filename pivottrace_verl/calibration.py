@@ -115,11 +115,11 @@ class Curve:
     """p(u) and m(u) along the ranking, and where they cross the thresholds."""
 
     u: list[float]
-    """Centre of each window, ascending."""
+    """[N] rank of each probe, ascending."""
     p: list[float]
-    """Mean pass rate in the window."""
+    """[N] mean pass rate in the window around the probe."""
     m: list[float]
-    """Share of right majorities in the window."""
+    """[N] share of right majorities in the window around the probe."""
     p_monotone: list[float]
     m_monotone: list[float]
     u_low: float | None
@@ -128,7 +128,7 @@ class Curve:
     """From here m < trusted; None: nowhere."""
     probes: int
     window: int
-    """Probes in a window."""
+    """Probes in a whole window."""
 
 
 def calibrate(
@@ -142,19 +142,20 @@ def calibrate(
 ) -> Curve:
     """[N] ranks, pass rates and majority outcomes -> the curve.
 
-    Between window centres the curve is linear, outside them constant.
+    A window reaches `window`/2 of the probes to both sides of each probe; at the ends it is cut
+    off, not moved inwards, where it could not see a steep end. Between probes the curve is linear.
     """
     order = np.argsort(np.asarray(u, dtype=np.float64), kind="stable")
     if len(order) == 0:
         raise PivotTraceError("No probe is labelled, so no threshold can be calibrated.")
-    size = min(len(order), max(1, round(window * len(order))))
+    at = np.asarray(u, dtype=np.float64)[order]
+    reach = round(window * len(order)) // 2
 
     def sliding(values: ArrayLike) -> Floats:
         array = np.asarray(values, dtype=np.float64)[order]
-        means: Floats = np.lib.stride_tricks.sliding_window_view(array, size).mean(axis=1)
-        return means
+        return np.array([array[max(0, i - reach) : i + reach + 1].mean() for i in range(len(at))])
 
-    at, pass_rate, right = sliding(u), sliding(p), sliding(m)
+    pass_rate, right = sliding(p), sliding(m)
     p_fall = np.asarray(isotonic_regression(pass_rate, increasing=False).x)
     m_fall = np.asarray(isotonic_regression(right, increasing=False).x)
     u_high = _crossing(at, m_fall, trusted)
@@ -172,7 +173,7 @@ def calibrate(
         u_low=low,
         u_high=u_high,
         probes=len(order),
-        window=size,
+        window=min(2 * reach + 1, len(order)),
     )
 
 
