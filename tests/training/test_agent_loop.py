@@ -1,0 +1,93 @@
+"""The group hook: sessions of one prompt wait for each other and are judged once."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from pivottrace_verl.answers import get_answers
+from pivottrace_verl.training.groups import VotePolicy
+
+agent_loop = pytest.importorskip(
+    "pivottrace_verl.training.agent_loop", reason="verl is not installed"
+)
+
+EXACT = get_answers("exact")
+
+
+class Output:
+    """What the hook reads of verl's AgentLoopOutput."""
+
+    def __init__(self, answer: str | None, score: float = 0.0) -> None:
+        self.extra_fields = {"reward_extra_info": {"pred": answer or "", "score": score}}
+
+
+async def session(group: Any, number: int, output: Output, delay: float, labeled: bool) -> float:
+    await asyncio.sleep(delay)
+    group.arrive(number, output)
+    reward, _ = await group.reward(number, labeled=labeled, kind=EXACT, policy=VotePolicy())
+    return float(reward)
+
+
+def rewards(answers: list[str | None], delays: list[float], labeled: bool = False,
+            scores: list[float] | None = None) -> list[float]:  # fmt: skip
+    async def run() -> list[float]:
+        group = agent_loop.Group(len(answers))
+        outputs = [
+            Output(a, s) for a, s in zip(answers, scores or [0.0] * len(answers), strict=True)
+        ]
+        return await asyncio.gather(
+            *(session(group, i, o, delays[i], labeled) for i, o in enumerate(outputs))
+        )
+
+    return asyncio.run(asyncio.wait_for(run(), timeout=10))
+
+
+def test_each_session_gets_its_own_reward_whatever_the_order_of_arrival() -> None:
+    answers: list[str | None] = ["7", "9", "7", None]
+    for delays in ([0, 0, 0, 0], [0.03, 0.02, 0.01, 0], [0, 0.03, 0, 0.01]):
+        assert rewards(answers, delays) == [1.0, 0.0, 1.0, 0.0]
+
+
+def test_a_labeled_group_gets_the_verifiers_scores() -> None:
+    assert rewards(["7", "7", "9"], [0, 0, 0], labeled=True, scores=[0.0, 0.0, 1.0]) == [0, 0, 1]
+
+
+def test_a_session_that_fails_is_not_waited_for_and_does_not_vote() -> None:
+    async def run() -> list[float]:
+        group = agent_loop.Group(3)
+
+        async def fails() -> float:
+            await asyncio.sleep(0.02)
+            group.leave(2)
+            return -1.0
+
+        return await asyncio.gather(
+            session(group, 0, Output("7"), 0.0, False),
+            session(group, 1, Output("7"), 0.0, False),
+            fails(),
+        )
+
+    assert asyncio.run(asyncio.wait_for(run(), timeout=10)) == [1.0, 1.0, -1.0]
+
+
+def test_leaving_after_arriving_is_not_counted_twice() -> None:
+    async def run() -> bool:
+        group = agent_loop.Group(2)
+        group.arrive(0, Output("7"))
+        group.leave(0)
+        return group._complete.is_set()
+
+    assert asyncio.run(run()) is False
+
+
+def test_request_seeds_depend_on_prompt_step_and_rollout_only() -> None:
+    seeds = {
+        agent_loop.request_seed(seed, pt_id, step, session)
+        for seed in (0, 1)
+        for pt_id in ("a", "b")
+        for step in (1, 2)
+        for session in (0, 1)
+    }
+    assert len(seeds) == 16 and all(0 <= s < 2**31 for s in seeds)
+    assert agent_loop.request_seed(0, "a", 1, 0) == agent_loop.request_seed(0, "a", 1, 0)
