@@ -188,7 +188,7 @@ def _rows_of_jsonl(path: Path, columns: list[str]) -> Iterator[Mapping[str, Any]
                 continue
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise PivotTraceError(f"Line {number} of {path} is not JSON: {error}.") from error
             if not isinstance(row, dict) or "prompt" not in row:
                 raise PivotTraceError(f"Line {number} of {path} has no field 'prompt'.")

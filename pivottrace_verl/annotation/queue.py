@@ -194,4 +194,10 @@ def _label(value: Any) -> str | None:
         return ""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         return None
-    return str(value).strip()
+    text = str(value).strip()
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        # Half a surrogate pair: no file could hold it.
+        return None
+    return text

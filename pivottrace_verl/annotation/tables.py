@@ -112,10 +112,12 @@ def _json_rows(path: Path, text: str, needed: Sequence[str]) -> list[tuple[int, 
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise PivotTraceError(f"Line {number} of {path} is not JSON: {error}.") from error
         missing = [name for name in needed if not isinstance(row, dict) or name not in row]
         if missing:
             raise PivotTraceError(f"Line {number} of {path} has no {', '.join(missing)}.")
+        if not isinstance(row.get("pt_id", ""), str):
+            raise PivotTraceError(f"Line {number} of {path} has a pt_id that is not text.")
         out.append((number, row))
     return out
