@@ -180,7 +180,7 @@ def batches(
     Every demonstration is written anew; sequences of similar length share a batch.
     """
     rng = random.Random(s.seed)
-    problems = tasks.draw(s.problems, seed=1_000_000 * (s.seed + 1), for_training=True)
+    problems = tasks.draw(s.problems, seed=s.seed, for_training=True)
     carelessness = tasks.Carelessness()
     prompts = [
         tokenizer.apply_chat_template(

@@ -200,13 +200,13 @@ def held_out(instance: Instance) -> bool:
     return int.from_bytes(digest[:8], "big") % 100 < HELD_OUT
 
 
-def draw(n: int, seed: int, *, for_training: bool) -> list[Instance]:
+def draw(n: int, seed: int, *, for_training: bool, tries: int | None = None) -> list[Instance]:
     """`n` distinct instances, all held out or none of them.
 
     Raises:
-        ValueError: reasoning-gym did not yield enough distinct instances.
+        ValueError: reasoning-gym did not yield enough within `tries` (default: 40 n + 2000).
     """
-    size = 40 * n + 2000
+    size = 40 * n + 2000 if tries is None else tries
     taken = set()
     data = reasoning_gym.create_dataset(
         "countdown",
@@ -217,7 +217,7 @@ def draw(n: int, seed: int, *, for_training: bool) -> list[Instance]:
         min_target=5,
         max_target=99,
         size=size,
-        seed=seed,
+        seed=1_000_003 * seed,  # neighbouring seeds would share all rows but one
     )
     found: list[Instance] = []
     for i in range(size):
