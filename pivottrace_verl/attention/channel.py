@@ -347,6 +347,8 @@ def _unpack(header: Header, frames: Sequence[bytes]) -> _Arrived:
     """Raises ValueError where header and frames do not fit together."""
     if len(frames) != 3 or len(header.shape) != 4 or header.wire not in WIRE_DTYPES:
         raise ValueError(f"shape {header.shape} of {header.wire} in {len(frames)} frames")
+    if min(header.shape) < 0:
+        raise ValueError(f"shape {header.shape}")
     stats = np.frombuffer(frames[1], WIRE_DTYPES[header.wire]).reshape(header.shape)
     entropy = np.frombuffer(frames[2], "<f4").reshape(header.shape[:1])
     trace = Trace(header.key, stats.astype(np.float32), entropy.astype(np.float32))

@@ -54,6 +54,8 @@ def run_selftest(
         result = Path(scratch) / "result.json"
         arguments = [sys.executable, "-m", __name__, scratch, str(model_dir or "")]
         environment = {**os.environ, **ENVIRONMENT}
+        if model_dir is None:
+            environment["OMP_NUM_THREADS"] = "1"  # threads cost more than they help a tiny model
         try:
             child = subprocess.run(
                 arguments,

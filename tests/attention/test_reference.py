@@ -1,0 +1,161 @@
+"""The paged row statistics equal the dense definitions, and the definitions mean what they say."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pivottrace_verl.attention.config import CaptureConfig
+from pivottrace_verl.attention.reference import (
+    dense_statistics,
+    group_heads,
+    plan_rows,
+    row_statistics,
+)
+from pivottrace_verl.pivots import FEATURES
+
+SCALE = 0.25
+
+
+def make_pages(lengths, kv_heads, size, block_size, seed, interleaved, spread=1.0):
+    """Keys of a ragged batch, dense and in shuffled pages: ([H_kv, S, D] each, cache, table)."""
+    g = torch.Generator().manual_seed(seed)
+    keys = [torch.randn(kv_heads, n, size, generator=g) * spread for n in lengths]
+    per_row = [-(-n // block_size) for n in lengths]
+    order = torch.randperm(sum(per_row) + 2, generator=g) + 1
+    double = 2 if interleaved else 1
+    pages = torch.full((len(order) + 1, kv_heads, double, size, block_size), 7.5)
+    cache = pages[:, :, 0]
+    table = torch.zeros(len(lengths), max(per_row) + 1, dtype=torch.int32)
+    used = 0
+    for r, (rows, n_blocks) in enumerate(zip(keys, per_row, strict=True)):
+        for b in range(n_blocks):
+            block = order[used]
+            used += 1
+            part = rows[:, b * block_size : (b + 1) * block_size].transpose(1, 2)
+            cache[block, :, :, : part.shape[2]] = part
+            table[r, b] = block
+    return keys, cache, table
+
+
+def dense(query, keys, position, prompt, config):
+    """Dense statistics of one query [H, D] over keys [H_kv, S, D]: [H, F]."""
+    k = keys.repeat_interleave(query.shape[0] // keys.shape[0], 0)[:, : position + 1].double()
+    scores = torch.einsum("hd,hsd->hs", query.double(), k) * SCALE
+    rows = scores.softmax(-1)[:, None], scores.logsumexp(-1)[:, None]
+    return dense_statistics(*rows, torch.tensor([position]), prompt, config)[0]
+
+
+def worst(found, expected, config):
+    error = (found - expected).abs()
+    for i, name in enumerate(FEATURES):
+        if name.endswith("distance"):
+            error[..., i] /= config.window
+    return float(error.max())
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 150), min_size=1, max_size=5),
+    heads=st.sampled_from([(1, 1), (4, 2), (6, 1), (4, 4)]),
+    size=st.sampled_from([8, 32]),
+    block_size=st.sampled_from([16, 32, 128]),
+    window=st.sampled_from([1, 8, 32]),
+    sink=st.integers(0, 6),
+    interleaved=st.booleans(),
+    data=st.data(),
+)
+def test_paged_rows_equal_dense_rows(
+    lengths, heads, size, block_size, window, sink, interleaved, data
+):
+    config = CaptureConfig(window=window, sink=sink)
+    n_heads, kv_heads = heads
+    seed = data.draw(st.integers(0, 1000))
+    keys, cache, table = make_pages(lengths, kv_heads, size, block_size, seed, interleaved)
+    # Any row of any request, several of one request too: that is a chunk of a prompt.
+    rows = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=8))
+    positions = [data.draw(st.integers(0, lengths[r] - 1)) for r in rows]
+    prompts = [data.draw(st.integers(1, lengths[r] + 2)) for r in rows]
+    query = torch.randn(len(rows), n_heads, size, generator=torch.Generator().manual_seed(seed))
+    plan = plan_rows(
+        table[rows], torch.tensor(positions), torch.tensor(prompts), block_size, config
+    )
+    found = row_statistics(query, cache, plan, SCALE)
+    expected = torch.stack(
+        [dense(query[i], keys[r], positions[i], prompts[i], config) for i, r in enumerate(rows)]
+    )
+    assert found.shape == (len(rows), n_heads, len(FEATURES))
+    assert worst(found, expected, config) < 2e-5
+
+
+def test_a_chunk_of_rows_gives_the_same_numbers_as_all_at_once(monkeypatch):
+    config = CaptureConfig()
+    _, cache, table = make_pages([100, 70, 3], 2, 32, 32, 0, True)
+    positions, prompts = torch.tensor([99, 69, 2]), torch.tensor([10, 60, 3])
+    query = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(1))
+    plan = plan_rows(table, positions, prompts, 32, config)
+    whole = row_statistics(query, cache, plan, SCALE)
+    monkeypatch.setattr("pivottrace_verl.attention.reference.CHUNK_ELEMENTS", 1)
+    assert torch.allclose(row_statistics(query, cache, plan, SCALE), whole, atol=1e-6)
+
+
+def test_ratios_keep_their_accuracy_when_the_sink_takes_almost_everything():
+    # 1 - sink_mass is about 1e-5 here: computed as a difference, float32 would lose it.
+    config = CaptureConfig()
+    keys, cache, table = make_pages([120], 1, 8, 32, 3, False, spread=0.3)
+    query = torch.ones(1, 1, 8)
+    keys[0][0, 0] = 8.0
+    cache[int(table[0, 0]), 0, :, 0] = 8.0
+    plan = plan_rows(table, torch.tensor([119]), torch.tensor([20]), 32, config)
+    found = row_statistics(query, cache, plan, SCALE)[0]
+    expected = dense(query[0], keys[0], 119, 20, config)
+    assert 1e-6 < 1 - float(expected[0, FEATURES.index("sink_mass")]) < 1e-4
+    assert worst(found, expected, config) < 1e-5
+
+
+def test_keys_beyond_a_row_do_not_count_however_large():
+    config = CaptureConfig()
+    _, cache, table = make_pages([40], 1, 8, 32, 0, False)
+    query = torch.randn(1, 2, 8, generator=torch.Generator().manual_seed(0))
+    plan = plan_rows(table, torch.tensor([10]), torch.tensor([5]), 32, config)
+    before = row_statistics(query, cache, plan, SCALE)
+    cache[int(table[0, 0]), :, :, 11:] = 1e6
+    assert torch.equal(row_statistics(query, cache, plan, SCALE), before)
+
+
+def test_uniform_attention_gives_the_values_counted_by_hand():
+    # t = 9, P = 6, S = 2, W = 3: ten keys of 1/10 each.
+    config = CaptureConfig(window=3, sink=2)
+    a = torch.full((1, 1, 10), 0.1)
+    rows = dense_statistics(a, torch.tensor([[math.log(10)]]), torch.tensor([9]), 6, config)
+    found = dict(zip(FEATURES, rows[0, 0].tolist(), strict=True))
+    assert found["lse"] == pytest.approx(math.log(10))
+    assert found["entropy"] == pytest.approx(math.log(10))
+    assert found["max_prob"] == pytest.approx(0.1)
+    assert found["sink_mass"] == pytest.approx(0.2)
+    assert found["prompt_mass"] == pytest.approx(0.6)
+    assert found["long_mass"] == pytest.approx(5 / 8)  # keys 2..6 of 2..9
+    assert found["distance"] == pytest.approx((0 + 1 + 2 + 3 * 5) / 8)
+    assert found["response_long_mass"] == pytest.approx(1 / 4)  # key 6 of 6..9
+    assert found["response_distance"] == pytest.approx((0 + 1 + 2 + 3) / 4)
+    buckets = [found[f"bucket_{b}"] for b in range(16)]
+    assert buckets[:5] == pytest.approx([0.1, 0.1, 0.2, 0.4, 0.2])
+    assert sum(buckets) == pytest.approx(1)
+
+
+def test_the_last_prompt_row_has_no_response_keys_and_says_zero():
+    config = CaptureConfig()
+    a = torch.full((1, 1, 50), 1 / 50)
+    rows = dense_statistics(a, torch.zeros(1, 1), torch.tensor([49]), 50, config)
+    found = dict(zip(FEATURES, rows[0, 0].tolist(), strict=True))
+    assert found["response_long_mass"] == found["response_distance"] == 0
+    assert found["prompt_mass"] == pytest.approx(1)
+
+
+def test_a_head_group_is_the_mean_of_its_heads():
+    rows = torch.arange(12.0).view(1, 4, 3)
+    grouped = group_heads(rows, ((0, 2), (3,)))
+    assert torch.equal(grouped[0, 0], (rows[0, 0] + rows[0, 2]) / 2)
+    assert torch.equal(grouped[0, 1], rows[0, 3])

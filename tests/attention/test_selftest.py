@@ -1,0 +1,29 @@
+"""The self-test behind `pivottrace doctor` measures what it says, on the installed vLLM."""
+
+import pytest
+
+from pivottrace_verl.attention.config import ENV_DISABLE
+from pivottrace_verl.attention.selftest import N_TOKENS, PROMPT_LENGTHS, run_selftest
+from pivottrace_verl.errors import PivotTraceError
+
+
+@pytest.mark.vllm
+def test_the_self_test_finds_capture_equal_to_dense_attention():
+    result = run_selftest()
+    assert result["backend"] == "CPU_ATTN"
+    assert result["rows"] == N_TOKENS * len(PROMPT_LENGTHS)
+    assert result["missing"] == 0
+    assert result["max_abs_error"] <= 1e-4
+    assert result["greedy_identical"] is True
+
+
+@pytest.mark.vllm
+def test_a_model_that_is_not_there_is_told_in_one_sentence():
+    with pytest.raises(PivotTraceError, match="self-test failed"):
+        run_selftest("/nonexistent/model")
+
+
+def test_the_kill_switch_is_named_when_it_stands_in_the_way(monkeypatch):
+    monkeypatch.setenv(ENV_DISABLE, "1")
+    with pytest.raises(PivotTraceError, match="switches the capture off"):
+        run_selftest()

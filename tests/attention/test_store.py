@@ -1,0 +1,170 @@
+"""The tracker reads exactly a request's own rows, whatever happens to its blocks."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from pivottrace_verl.attention.store import NOBODY, SlotStore, Tracker
+
+BLOCK = 4
+
+
+class Engine:
+    """A scheduler's side of the story, just enough of it: blocks, steps, and rows written."""
+
+    def __init__(self, n_blocks=32):
+        self.sent = {}
+        self.states = {}
+        self.store = SlotStore(n_blocks * BLOCK, n_layers=2, n_groups=1, n_features=1)
+        self.tracker = Tracker(self.store, BLOCK, group=0, send=self.send)
+
+    def send(self, key, stats, entropy, missing_rows):
+        self.sent[key] = (stats, entropy, missing_rows)
+
+    def step(self, new=(), finished=(), preempted=()):
+        self.tracker.observe(
+            SimpleNamespace(
+                finished_req_ids=set(finished),
+                preempted_req_ids=set(preempted) or None,
+                scheduled_new_reqs=list(new),
+            ),
+            self.states,
+        )
+        for req_id in finished:
+            self.states.pop(req_id, None)
+
+    def add(self, req_id, prompt, blocks, extra_args=None):
+        extra = {"pivottrace": {"key": f"key-{req_id}"}} if extra_args is None else extra_args
+        sampling = SimpleNamespace(extra_args=extra)
+        new = SimpleNamespace(
+            req_id=req_id, prompt_token_ids=[0] * prompt, sampling_params=sampling
+        )
+        self.step(new=[new])
+        self.states[req_id] = SimpleNamespace(block_ids=(blocks,), output_token_ids=[])
+
+    def decode(self, req_id, prompt, value):
+        """Compute the row that chooses the next token; every statistic of it is `value`."""
+        state = self.states[req_id]
+        position = prompt - 1 + len(state.output_token_ids)
+        slot = state.block_ids[0][position // BLOCK] * BLOCK + position % BLOCK
+        slots = torch.tensor([slot])
+        for layer in range(2):
+            self.store.write_layer(layer, slots, torch.full((1, 1, 1), value + layer / 2))
+        _, owners = self.tracker.rows_of([req_id])
+        self.store.finish_rows(slots, torch.tensor([-value]), torch.from_numpy(owners))
+        state.output_token_ids.append(0)
+
+
+def values(sent):
+    stats, entropy, missing = sent
+    assert np.array_equal(stats[:, 1], stats[:, 0] + 0.5)
+    assert np.array_equal(entropy, -stats[:, 0, 0, 0])
+    return stats[:, 0, 0, 0].tolist(), missing
+
+
+def test_a_finished_request_sends_one_row_a_token_in_order():
+    engine = Engine()
+    engine.add("r", prompt=6, blocks=[5, 2, 9])
+    for i in range(6):
+        engine.decode("r", 6, float(i))
+    engine.step(finished=["r"])
+    assert values(engine.sent["key-r"]) == ([0, 1, 2, 3, 4, 5], 0)
+    assert not engine.tracker.requests
+
+
+def test_a_preempted_request_keeps_its_rows_when_others_take_its_blocks():
+    engine = Engine()
+    engine.add("a", prompt=3, blocks=[1, 2])
+    for i in range(3):
+        engine.decode("a", 3, float(i))
+    engine.step(preempted=["a"])
+    engine.add("b", prompt=3, blocks=[1, 2])
+    for i in range(4):
+        engine.decode("b", 3, 100.0 + i)
+    engine.step(finished=["b"])
+    # Resumed on other blocks; only the row that chooses the next token is computed anew.
+    engine.states["a"].block_ids = ([7, 8],)
+    engine.decode("a", 3, 3.0)
+    engine.step(preempted=["a"])
+    engine.states["a"].block_ids = ([4, 3],)
+    engine.decode("a", 3, 4.0)
+    engine.step(finished=["a"])
+    assert values(engine.sent["key-a"]) == ([0, 1, 2, 3, 4], 0)
+    assert values(engine.sent["key-b"]) == ([100, 101, 102, 103], 0)
+    assert engine.tracker.preemptions == 2
+
+
+def test_rows_overwritten_by_another_request_are_missing_not_data():
+    engine = Engine()
+    engine.add("a", prompt=1, blocks=[1])
+    engine.add("b", prompt=1, blocks=[1])
+    engine.decode("a", 1, 0.0)
+    engine.decode("a", 1, 1.0)
+    engine.decode("b", 1, 9.0)
+    engine.step(finished=["a", "b"])
+    assert engine.sent["key-a"][2] == 1
+    assert engine.sent["key-b"][2] == 0
+
+
+def test_a_slot_never_written_is_missing_not_data():
+    engine = Engine()
+    engine.add("a", prompt=1, blocks=[1])
+    engine.states["a"].output_token_ids = [0, 0]
+    engine.step(finished=["a"])
+    assert engine.sent["key-a"][2] == 2
+
+
+def test_a_request_aborted_before_its_first_token_sends_nothing_and_is_forgotten():
+    engine = Engine()
+    engine.add("a", prompt=5, blocks=[1, 2])
+    engine.step(finished=["a"])
+    engine.step(finished=["unknown"])
+    assert not engine.sent and not engine.tracker.requests
+
+
+def test_an_id_used_again_in_the_same_step_is_a_new_request():
+    engine = Engine()
+    engine.add("a", prompt=1, blocks=[1])
+    engine.decode("a", 1, 1.0)
+    sampling = SimpleNamespace(extra_args={"pivottrace": {"key": "again"}})
+    new = SimpleNamespace(req_id="a", prompt_token_ids=[0, 0], sampling_params=sampling)
+    engine.step(new=[new], finished=["a"])
+    engine.states["a"] = SimpleNamespace(block_ids=([3],), output_token_ids=[])
+    engine.decode("a", 2, 2.0)
+    engine.step(finished=["a"])
+    assert values(engine.sent["key-a"]) == ([1], 0)
+    assert values(engine.sent["again"]) == ([2], 0)
+
+
+def test_requests_that_do_not_ask_are_not_tracked():
+    engine = Engine()
+    engine.add("a", prompt=1, blocks=[1], extra_args={})
+    engine.add("b", prompt=1, blocks=[1], extra_args={"pivottrace": "key"})
+    engine.add("c", prompt=1, blocks=[1], extra_args={"pivottrace": {"key": 3}})
+    engine.add("d", prompt=2, blocks=[1])
+    prompts, owners = engine.tracker.rows_of(["a", "d", "b", "c"])
+    assert owners.tolist() == [NOBODY, 1, NOBODY, NOBODY]
+    assert prompts.tolist() == [0, 2, 0, 0]
+
+
+def test_children_of_one_request_send_under_keys_of_their_own():
+    engine = Engine()
+    for child in range(3):
+        extra = {"pivottrace": {"key": "k"}}
+        engine.add(f"{child}_parent-1a2b", prompt=1, blocks=[child], extra_args=extra)
+        engine.decode(f"{child}_parent-1a2b", 1, float(child))
+    engine.step(finished=[f"{child}_parent-1a2b" for child in range(3)])
+    assert {key: values(sent)[0] for key, sent in engine.sent.items()} == {
+        "k": [0],
+        "k/1": [1],
+        "k/2": [2],
+    }
+
+
+def test_flushing_sends_what_is_tracked():
+    engine = Engine()
+    engine.add("a", prompt=1, blocks=[1])
+    engine.decode("a", 1, 1.0)
+    engine.tracker.flush(engine.states)
+    assert values(engine.sent["key-a"]) == ([1], 0)

@@ -1,0 +1,197 @@
+"""Set-ups that cannot be captured stop the engine at start, with a sentence that says why."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pivottrace_verl.attention import vllm_hooks
+from pivottrace_verl.attention.channel import Receiver
+from pivottrace_verl.attention.config import ENV_CAPTURE, ENV_DISABLE, ENV_ENDPOINT, CaptureConfig
+from pivottrace_verl.attention.support import (
+    TracedLayer,
+    check_engine,
+    check_key_layout,
+    find_layers,
+    key_view,
+)
+from pivottrace_verl.errors import PivotTraceError
+
+pytestmark = pytest.mark.vllm
+
+
+def make_engine(**changes):
+    """(vllm_config, runner) of an engine that can be captured, then changed."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    parallel = {
+        name: changes.pop(name, 1)
+        for name in (
+            "tensor_parallel_size",
+            "pipeline_parallel_size",
+            "decode_context_parallel_size",
+        )
+    }
+    runner = object.__new__(changes.pop("runner_class", GPUModelRunner))
+    runner.device = torch.device(changes.pop("device", "cpu"))
+    runner.use_async_scheduling = changes.pop("use_async_scheduling", False)
+    config = SimpleNamespace(
+        parallel_config=SimpleNamespace(**parallel),
+        speculative_config=changes.pop("speculative_config", None),
+        model_config=SimpleNamespace(runner_type=changes.pop("runner_type", "generate")),
+    )
+    assert not changes
+    return config, runner
+
+
+class OtherRunner:
+    """Stands for a runner that is not vLLM's V1 runner."""
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"runner_class": OtherRunner}, "only vLLM's V1 runner"),
+        ({"device": "meta"}, "only vLLM's CPU backend"),
+        ({"tensor_parallel_size": 2}, "tensor parallelism"),
+        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
+        ({"decode_context_parallel_size": 2}, "decode context parallelism"),
+        ({"speculative_config": object()}, "decodes speculatively"),
+        ({"use_async_scheduling": True}, "schedules asynchronously"),
+        ({"runner_type": "pooling"}, "'pooling'"),
+    ],
+)
+def test_unsupported_engines_are_refused_with_their_reason(changes, says):
+    check_engine(*make_engine())
+    with pytest.raises(RuntimeError, match=says) as refused:
+        check_engine(*make_engine(**changes))
+    assert "PIVOTTRACE_DISABLE=1" in str(refused.value)
+
+
+def make_layer(index, **changes):
+    """An attention layer of the CPU backend, with just what is read of it."""
+    from vllm.model_executor.layers.attention import Attention
+
+    impl = {
+        "num_heads": 4,
+        "isa": "vec",
+        "is_fp8_kv_cache": False,
+        "kv_cache_dtype": "auto",
+        "sliding_window": -1,
+        "logits_soft_cap": 0,
+        "alibi_slopes": None,
+        "sinks": None,
+    }
+    module = Attention.__new__(Attention)
+    torch.nn.Module.__init__(module)
+    backend, dtype = changes.pop("backend", "CPU_ATTN"), changes.pop("dtype", torch.float32)
+    module.impl = SimpleNamespace(**{**impl, **changes})
+    module.attn_backend = SimpleNamespace(get_name=lambda: backend)
+    module.kv_cache = torch.zeros(3, 2, 32, 64, dtype=dtype)
+    return f"model.layers.{index}.self_attn.attn", module
+
+
+def make_configs(layers, groups=None):
+    names = [name for name, _ in layers]
+    groups = groups or [names]
+    return (
+        SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=dict(layers))),
+        SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=g) for g in groups]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"backend": "FLEX"}, "backend FLEX"),
+        ({"dtype": torch.float8_e4m3fn}, "quantised KV cache"),
+        ({"is_fp8_kv_cache": True}, "quantised KV cache"),
+        ({"sliding_window": 16}, "sliding window of 16"),
+        ({"logits_soft_cap": 30.0}, "caps its attention logits"),
+        ({"alibi_slopes": torch.ones(4)}, "ALiBi"),
+        ({"sinks": torch.ones(4)}, "attention sinks"),
+    ],
+)
+def test_a_layer_that_cannot_be_read_is_refused_if_named_and_passed_over_if_not(changes, says):
+    configs = make_configs([make_layer(0, **changes), make_layer(1), make_layer(2)])
+    with pytest.raises(RuntimeError, match=f"layer 0 .*{says}"):
+        find_layers(*configs, CaptureConfig(layers=(0, 1)))
+    assert {layer.index for layer in find_layers(*configs, CaptureConfig())} <= {1, 2}
+    with pytest.raises(RuntimeError, match=says):
+        find_layers(*make_configs([make_layer(0, **changes)]), CaptureConfig())
+
+
+def test_models_without_plain_attention_are_refused():
+    configs = make_configs([("model.layers.0.mla", torch.nn.Identity())])
+    with pytest.raises(RuntimeError, match=r"no plain attention layer.*Identity"):
+        find_layers(*configs, CaptureConfig())
+
+
+def test_layers_of_different_kinds_are_not_mixed():
+    layers = [make_layer(0), make_layer(1)]
+    split = make_configs(layers, groups=[[layers[0][0]], [layers[1][0]]])
+    with pytest.raises(RuntimeError, match="different KV cache groups"):
+        find_layers(*split, CaptureConfig())
+    with pytest.raises(RuntimeError, match="different numbers of heads"):
+        find_layers(*make_configs([make_layer(0), make_layer(1, num_heads=8)]), CaptureConfig())
+
+
+def test_layers_and_heads_the_model_does_not_have_are_told():
+    configs = make_configs([make_layer(0), make_layer(1)])
+    with pytest.raises(PivotTraceError, match="layer 5"):
+        find_layers(*configs, CaptureConfig(layers=(5,)))
+    with pytest.raises(PivotTraceError, match="head 9"):
+        find_layers(*configs, CaptureConfig(head_groups=((9,),)))
+
+
+def test_a_key_layout_that_is_not_the_known_one_is_refused_and_the_cache_restored():
+    name, module = make_layer(0)
+
+    def known(layer, key, value, cache, slots):
+        key_view(cache)[slots // 32, :, :, slots % 32] = key
+
+    def row_by_row(layer, key, value, cache, slots):
+        cache[slots // 32, :, slots % 32, :32] = key
+
+    layer = TracedLayer(0, name, module, 0)
+    module.kv_cache.fill_(3.0)
+    module.impl.do_kv_cache_update = known
+    check_key_layout(layer)
+    assert bool((module.kv_cache == 3.0).all())
+    module.impl.do_kv_cache_update = row_by_row
+    with pytest.raises(RuntimeError, match=r"cannot be read back.*'vec'"):
+        check_key_layout(layer)
+    assert bool((module.kv_cache == 3.0).all())
+
+
+def test_capture_without_a_receiver_is_refused(monkeypatch):
+    monkeypatch.setenv(ENV_CAPTURE, CaptureConfig().to_json())
+    monkeypatch.delenv(ENV_ENDPOINT, raising=False)
+    with pytest.raises(RuntimeError, match="started before the engine"):
+        vllm_hooks.attach(None, None)
+
+
+def test_installing_twice_wraps_once_and_not_at_all_unless_asked(monkeypatch):
+    from vllm.v1.worker.worker_base import WorkerWrapperBase
+
+    stock = WorkerWrapperBase.initialize_from_config
+    monkeypatch.setattr(WorkerWrapperBase, "initialize_from_config", stock)
+    vllm_hooks.install()
+    assert WorkerWrapperBase.initialize_from_config is stock
+    with Receiver(CaptureConfig()):
+        monkeypatch.setenv(ENV_DISABLE, "1")
+        vllm_hooks.install()
+        assert WorkerWrapperBase.initialize_from_config is stock
+        monkeypatch.delenv(ENV_DISABLE)
+        vllm_hooks.install()
+        wrapped = WorkerWrapperBase.initialize_from_config
+        assert wrapped is not stock
+        vllm_hooks.install()
+        assert WorkerWrapperBase.initialize_from_config is wrapped
+
+
+def test_token_entropy_is_that_of_softmax_with_masked_words_left_out():
+    logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)) * 4
+    logits[:, 100:] = -torch.inf
+    expected = torch.distributions.Categorical(logits=logits[:, :100].double()).entropy()
+    assert torch.allclose(vllm_hooks.token_entropy(logits).double(), expected, atol=1e-6)
