@@ -74,9 +74,9 @@ class Outcome:
 
 
 def rows_of(scores: Any, columns: Sequence[str] | None = None) -> list[Mapping[str, Any]]:
-    """The scores as dicts, from a table or from dicts already."""
+    """The scores as dicts, from a table (without the bulky `rollouts`) or from dicts already."""
     if hasattr(scores, "to_pylist"):
-        names = scores.schema.names if columns is None else columns
+        names = columns or [name for name in scores.schema.names if name != "rollouts"]
         return list(scores.select(list(names)).to_pylist())
     return list(scores)
 

@@ -170,7 +170,7 @@ def test_a_spreadsheets_byte_order_mark_blank_lines_and_extra_columns_are_no_tro
     run = make_run()
     a = ids_of(run)[0]
     path = tmp_path / "q.csv"
-    path.write_bytes(f'\ufeffnote,label,pt_id\r\n"two\r\nlines",7,{a}\r\n,,\r\n\r\n'.encode())
+    path.write_bytes(f'\ufeffpt_id,label,note\r\n{a},7,"two\r\nlines"\r\n,,\r\n\r\n'.encode())
     assert import_labels(run, path, "ana", "probe").added == 1
     assert run.ledger().labels() == {a: "7"}
 

@@ -47,6 +47,12 @@ def test_a_group_that_was_never_traced_is_unknown_not_certain():
     assert ESTIMATORS["consistency"](group) == 0.0
 
 
+def test_a_rollout_without_a_pivot_counts_as_zero_not_as_missing():
+    group = make_group(make_rollout(pivots=0, entropy=0.0), make_rollout(pivots=4, entropy=1.0))
+    assert ESTIMATORS["pivot_count"](group) == 2.0
+    assert ESTIMATORS["entropy"](group) == 0.5
+
+
 def test_random_depends_on_seed_and_prompt_only():
     score = ESTIMATORS["random"]
     assert score(make_group(make_rollout())) == score(make_group(make_rollout(pivots=9)))

@@ -95,6 +95,17 @@ def test_a_bad_batch_is_refused_whole(tmp_path, batch, said):
     assert ledger.path.read_bytes() == before
 
 
+def test_of_two_labels_that_got_in_by_hand_the_first_stands(tmp_path):
+    one, two = Ledger(tmp_path / "1"), Ledger(tmp_path / "2")
+    one.append([make_entry("a", "first")])
+    two.append([make_entry("a", "second", purpose="annotate")])
+    with open(one.path, "ab") as file:
+        file.write(two.path.read_bytes())
+    assert one.labels() == {"a": "first"}
+    assert one.purposes() == {"a": "probe"}
+    assert one.spent() == 2.0
+
+
 def test_a_line_that_is_json_but_no_entry_is_refused(tmp_path):
     (tmp_path / "ledger.jsonl").write_text('{"pt_id": "a"}\n')
     with pytest.raises(PivotTraceError, match="Line 1"):

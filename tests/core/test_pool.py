@@ -231,6 +231,13 @@ def test_parts_merge_into_the_pools_order_with_the_same_bytes_whatever_order_the
     assert files[0] == files[1]
 
 
+def test_scores_come_in_the_pools_order_even_if_the_parts_do_not(make_run, score_row):
+    run = make_run()
+    run.write_score_part(0, [score_row(p.pt_id) for p in reversed(run.pool())])
+    run.merge_scores()
+    assert run.scores()["pt_id"].to_pylist() == [p.pt_id for p in run.pool()]
+
+
 def test_a_resumed_run_ends_with_the_same_bytes_as_an_uninterrupted_one(make_run, score_row):
     whole, killed = make_run(name="whole"), make_run(name="killed")
     score_all(whole, score_row)

@@ -360,6 +360,20 @@ def test_a_prompt_that_was_never_traced_is_annotated_and_says_so(score_row):
     assert plan.to_buy()[0] == "id0000"
 
 
+def test_a_prompt_that_was_never_traced_is_not_mastered_with_the_rest(score_row):
+    rows, truth = make_pool(score_row)
+    probes = [replace(o, pass_rate=0.9 + o.pass_rate / 20) for o in make_probes(rows, truth)]
+    probes = [replace(o, majority_right=True) for o in probes]
+    owned = next(o.pt_id for o in probes if o.pt_id != "id0000")
+    rows[0]["uncertainty/entropy"] = math.nan
+    plan = triage(rows, [o for o in probes if o.pt_id != "id0000"], [owned], CFG)
+    assert plan.counts() == {"annotate": 1, "self_train": 0, "drop": 199}
+    assert plan.to_buy() == ["id0000"]
+    assert {r["reason"] for r in plan.rows if r["pt_id"] == owned} == {
+        "mastered; its label was bought already"
+    }
+
+
 # Refusals
 
 
