@@ -3,6 +3,7 @@
 Off unless `VERL_PLATFORM=cpu` is in the environment. Each shim names the upstream line it stands
 in for and has its diff in `patches/`; where upstream already does the right thing it does nothing.
 
+- `after_import`: a shim that waits for the module it changes.
 - `platform`: the `PlatformBase` that verl asks about devices.
 - `torch_cpu`: the functions that `torch.cuda` has and `torch.cpu` lacks.
 - `verl_shims`: the few lines of verl that cannot work without a GPU.
