@@ -222,7 +222,7 @@ def annotate_import(
     file: Annotated[Path, typer.Argument(help="The file an annotator filled.")],
     annotator: Annotated[str, typer.Option(help="Who labelled.")] = "annotator",
     purpose: Annotated[
-        str | None, typer.Option(help="probe or annotate; default: probe until there is a plan.")
+        str | None, typer.Option(help="probe or annotate; default: probe for the probes drawn.")
     ] = None,
     cost: Annotated[float, typer.Option(help="Cost a label, in your unit.")] = 1.0,
     as_json: AsJson = False,
@@ -232,18 +232,11 @@ def annotate_import(
 
     with ExitStack() as stack:
         opened_run = opened(run, stack)
-        planned = (opened_run.path / "plan.parquet").exists()
-        purpose = purpose or ("annotate" if planned else "probe")
         result = import_labels(opened_run, file, annotator, purpose, cost=cost)
     if as_json:
-        ui.print_json(vars(result))
-        return
-    ui.say(
-        f"{result.added} labels bought, {result.already} were there already, "
-        f"{result.empty} rows still empty, {len(result.conflicts)} conflicts."
-    )
-    for pt_id, kept, other in result.conflicts:
-        ui.say(f"conflict: {pt_id} keeps {kept!r}; the file has {other!r}.")
+        ui.print_json(result.to_dict())
+    else:
+        ui.say(result.sentence())
 
 
 @annotate_app.command("fill")

@@ -45,6 +45,17 @@ class Rollout:
     """None if capture was off or the trace did not arrive in time."""
 
 
+CPU_ENVIRONMENT = {
+    # GiB of KV cache; without it vLLM takes half of the machine's memory.
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # This process takes a core of its own while the engine computes.
+    "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2) // 2)),
+    # vLLM compiles its sampler on first use even with enforce_eager: 10 s of C++ compiler.
+    "TORCHDYNAMO_DISABLE": "1",
+}
+
+
 class Engine:
     """A vLLM engine, closed by the `with` statement.
 
@@ -80,7 +91,7 @@ class Engine:
         self._llm: Any = None
 
     def __enter__(self) -> Engine:
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         if self._capture is not None:
             from pivottrace_verl.attention.channel import Receiver
@@ -92,11 +103,15 @@ class Engine:
         from vllm.platforms import current_platform
 
         if current_platform.is_cpu():
-            os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+            # In time: the engine's process is started below and inherits them.
+            for name, value in CPU_ENVIRONMENT.items():
+                os.environ.setdefault(name, value)
             self._options.update(
                 dtype="float32",
                 enforce_eager=True,
+                # One engine process, not two: a message queue at every token costs more than it
+                # brings.
+                distributed_executor_backend="uni",
                 # vLLM 0.28 rewinds the generator of a seeded request whose prompt is prefilled in
                 # chunks by its offset, which a CPU generator does not have
                 # (v1/worker/gpu_model_runner.py, _bookkeeping_sync).

@@ -29,7 +29,7 @@ OVER_BUDGET = "over budget: votes not trusted"
 class TriageConfig:
     """Thresholds and budget; kept in triage.json."""
 
-    estimator: str = "pivot_count"
+    estimator: str = "pivot_density"
     """Which estimator ranks the pool; `auto`: the one that follows the probes' pass rate best."""
     direction: str = AUTO
     """`higher`: high scores are uncertain; `lower`: low ones; `auto`: the probes decide."""

@@ -94,7 +94,8 @@ def test_every_rollout_of_scoring_has_a_row_for_every_token(finished: Path) -> N
     }
     assert all(rollout["traced"] for row in rows for rollout in row["rollouts"])
     with safe_open(finished / "traces" / "part-00000.safetensors", framework="numpy") as file:
-        names = [name for name in file.keys() if not name.endswith("entropy")]
+        tensors = list(file.keys())
+        names = [name for name in tensors if not name.endswith("entropy")]
         assert names
         for name in names:
             pt_id, g = name.split("/")
@@ -179,7 +180,8 @@ def test_checkpoint_is_a_model_that_differs_from_the_policy(finished: Path) -> N
         safe_open(next(trained.glob("*.safetensors")), framework="numpy") as after,
         safe_open(next((finished / "policy").glob("*.safetensors")), framework="numpy") as before,
     ):
-        name = next(n for n in before.keys() if n.endswith("q_proj.weight"))
+        tensors = list(before.keys())
+        name = next(n for n in tensors if n.endswith("q_proj.weight"))
         assert (after.get_tensor(name) != before.get_tensor(name)).any()
 
 
