@@ -44,12 +44,14 @@ def run_selftest(
         dict with `backend`, `isa`, `dtype`, `layers`; `max_abs_error` (distances in units of their
         window; None if no trace arrived) and `errors` by feature; `rows` compared; `missing`
         rollouts without a trace; `greedy_identical`.
-    Raises PivotTraceError with the child's last words if it fails.
+    Raises PivotTraceError if there is no such model, and with the child's last words if it fails.
     """
     if os.environ.get(ENV_DISABLE) == "1":
         raise PivotTraceError(
             f"{ENV_DISABLE}=1 switches the capture off, so it cannot be tested; unset it first."
         )
+    if model_dir is not None and not Path(model_dir, "config.json").is_file():
+        raise PivotTraceError(f"There is no Hugging Face model at {model_dir}: no config.json.")
     with tempfile.TemporaryDirectory(prefix="pivottrace-selftest-") as scratch:
         result = Path(scratch) / "result.json"
         arguments = [sys.executable, "-m", __name__, scratch, str(model_dir or "")]

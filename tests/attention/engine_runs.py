@@ -42,13 +42,13 @@ CONFIGS = {
 class Scenarios:
     """The scenarios on one engine; every request that asks gets its own key."""
 
-    def __init__(self, name, directory, receiver):
+    def __init__(self, name, directory, receiver, dtype="float32"):
         self.name, self.receiver, self.chunked = name, receiver, CHUNKED[name]
         self.requests, self.traces, self.facts = {}, {}, {}
         self.llm = LLM(
             directory,
             skip_tokenizer_init=True,
-            dtype="float32",
+            dtype=dtype,
             enforce_eager=True,
             block_size=BLOCK,
             max_model_len=512,
@@ -236,7 +236,15 @@ def main(scratch):
             runs[name]["facts"]["off_hello"] = receiver.engine
             close(off)
             del os.environ[ENV_DISABLE]
-    with Receiver(CaptureConfig()):
+    with Receiver(CaptureConfig()) as receiver:
+        try:
+            half = Scenarios("llama", str(Path(scratch, "llama")), receiver, dtype="bfloat16")
+            half.generate("bfloat16", [half.prompt(n) for n in (10, 150)], 60)
+            runs["llama"]["requests"].update(half.requests)
+            traces.update(half.traces)
+            close(half)
+        except RuntimeError as error:  # an instruction set whose keys cannot be read back
+            runs["llama"]["facts"]["bfloat16"] = str(error)
         runs["refusals"] = {"quantised": refusal(directory, kv_cache_dtype="fp8")}
     Path(scratch, "runs.json").write_text(json.dumps(runs))
     np.savez(Path(scratch, "traces.npz"), **traces)

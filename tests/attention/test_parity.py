@@ -4,6 +4,7 @@ Engines run in a process of their own (`engine_runs.py`); here every rollout is 
 Hugging Face model, eager attention, float32, teacher-forced on prompt and output.
 """
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -12,6 +13,7 @@ from pivottrace_verl.attention.channel import Trace
 from pivottrace_verl.attention.config import CaptureConfig
 from pivottrace_verl.attention.replay import compare, replay
 from pivottrace_verl.errors import PivotTraceError
+from pivottrace_verl.pivots import FEATURES
 
 pytestmark = pytest.mark.vllm
 
@@ -75,6 +77,24 @@ def test_every_token_has_its_row_and_it_equals_dense_attention(
     record_property("max_abs_error", max(worst.values()))
     print(f"max_abs_error {model} {scenario} {max(worst.values()):.2e}")
     assert max(worst.values()) <= TOLERANCE, worst
+
+
+def test_a_bfloat16_engine_correlates_with_float32_attention_or_is_refused(runs):
+    refused = runs.llama["facts"].get("bfloat16")
+    if refused:
+        assert "cannot be read back" in refused
+        return
+    pairs = [
+        (trace_of(runs, request), replayed(runs, "llama", request))
+        for request in runs.llama["requests"]["bfloat16"]
+    ]
+    for i, name in enumerate(FEATURES[:9]):
+        found, dense = (
+            np.concatenate([pair[side].stats[..., i].ravel() for pair in pairs]) for side in (0, 1)
+        )
+        correlation = np.corrcoef(found, dense)[0, 1]
+        print(f"bfloat16 {name} {correlation:.5f}")
+        assert correlation > 0.995, name
 
 
 @models

@@ -17,10 +17,16 @@ def test_the_self_test_finds_capture_equal_to_dense_attention():
     assert result["greedy_identical"] is True
 
 
+def test_a_model_that_is_not_there_is_told_in_one_sentence(tmp_path):
+    with pytest.raises(PivotTraceError, match="no Hugging Face model"):
+        run_selftest(tmp_path)
+
+
 @pytest.mark.vllm
-def test_a_model_that_is_not_there_is_told_in_one_sentence():
-    with pytest.raises(PivotTraceError, match="self-test failed"):
-        run_selftest("/nonexistent/model")
+def test_a_child_that_fails_is_told_by_its_last_words(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "no-such-architecture"}')
+    with pytest.raises(PivotTraceError, match=r"self-test failed: .*no-such-architecture"):
+        run_selftest(tmp_path)
 
 
 def test_the_kill_switch_is_named_when_it_stands_in_the_way(monkeypatch):
