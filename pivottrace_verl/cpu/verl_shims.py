@@ -36,7 +36,7 @@ def install() -> list[str]:
 
 
 def shim_process_group(distributed: ModuleType) -> None:
-    """Stand in for verl/utils/distributed.py:88.
+    """Stand in for verl/utils/distributed.py:89.
 
     The default backend there is f"cpu:gloo,{device}:{backend}", which for the CPU names one device
     twice ("cpu:gloo,cpu:gloo"); torch refuses that.

@@ -12,11 +12,11 @@ def install() -> list[str]:
     """Apply the shim if vLLM's build is the CPU one; returns the names of those in force."""
     if not vllm_build_is_cpu():
         return []
-    _shim_linear_weights()
+    shim_linear_weights()
     return ["linear_weights"]
 
 
-def _shim_linear_weights() -> None:
+def shim_linear_weights() -> None:
     """Stand in for vllm/model_executor/layers/utils.py:269 (`dispatch_cpu_unquantized_gemm`).
 
     vLLM packs each linear weight after loading and replaces the parameter by an empty one
