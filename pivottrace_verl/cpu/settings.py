@@ -60,7 +60,7 @@ def cpu_overrides(
     actor = "actor_rollout_ref.actor"
     rollout = "actor_rollout_ref.rollout"
     ray = "ray_kwargs.ray_init"
-    engines = (f"{actor}.fsdp_config", "actor_rollout_ref.ref.fsdp_config", "critic.fsdp")
+    engines = (f"{actor}.fsdp_config", "actor_rollout_ref.ref.fsdp_config")
     overrides = [
         # Ray schedules logical units: one GPU for the worker group; a CPU for each actor that asks
         # for one. With too few the run waits for ever without a word.
@@ -78,19 +78,13 @@ def cpu_overrides(
         # FSDP1 asks for a CUDA device; flash attention and the packed layout made for it are
         # slower here than padding, at micro-batches of this size.
         f"{actor}.strategy=fsdp2",
-        "critic.strategy=fsdp2",
-        *(
-            f"{model}.{setting}"
-            for model in ("actor_rollout_ref.model", "critic.model")
-            for setting in ("use_remove_padding=False", "enable_gradient_checkpointing=False")
-        ),
+        "actor_rollout_ref.model.use_remove_padding=False",
+        "actor_rollout_ref.model.enable_gradient_checkpointing=False",
         "+actor_rollout_ref.model.override_config.attn_implementation=sdpa",
-        "+critic.model.override_config.attn_implementation=sdpa",
         f"{actor}.use_torch_compile=False",
         *(f"{engine}.use_torch_compile=False" for engine in engines),
         f"{actor}.use_dynamic_bsz=True",
         f"{actor}.ppo_max_token_len_per_gpu={max_tokens}",
-        f"critic.ppo_max_token_len_per_gpu={max_tokens}",
         # float32 throughout: verl's default computes in bfloat16, which most CPUs emulate.
         *(
             f"+{engine}.mixed_precision.{kind}_dtype=fp32"

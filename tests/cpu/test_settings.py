@@ -30,7 +30,6 @@ def test_the_overrides_compose_with_verls_trainer(compose) -> None:
     for engine in (
         config.actor_rollout_ref.actor.fsdp_config,
         config.actor_rollout_ref.ref.fsdp_config,
-        config.critic.fsdp,
     ):
         assert set(engine.mixed_precision.values()) == {"fp32"}
         assert not engine.use_torch_compile
