@@ -1,9 +1,10 @@
 """Row statistics of attention for every generated token, captured while vLLM generates.
 
 `config` what to capture, `channel` how traces travel from the engine to its owner, `vllm_hooks`
-what is wrapped inside vLLM, `store` where rows wait for their request to finish, `reference` the
-mathematics in torch, `replay` the same statistics from a Hugging Face model, `selftest` the proof
-that both agree on this machine. The shortest use:
+what is wrapped inside vLLM, `support` what is refused, `keys` how vLLM's cache is read, `store`
+where rows wait for their request to finish, `reference` the mathematics in torch, `replay` the
+same statistics from a Hugging Face model, `selftest` the proof that both agree on this machine.
+The shortest use:
 
     receiver = Receiver(CaptureConfig())
     receiver.start()                                  # before the engine is made

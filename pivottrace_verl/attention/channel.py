@@ -18,6 +18,7 @@ import shutil
 import tempfile
 import threading
 import time
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -100,7 +101,6 @@ class Receiver:
         self._ready = threading.Event()
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._directory: str | None = None
         self._environment: dict[str, str] = {}
 
     @property
@@ -118,8 +118,10 @@ class Receiver:
         socket: zmq.Socket = zmq.Context.instance().socket(zmq.PULL)
         socket.set_hwm(QUEUE)
         socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-        self._directory = tempfile.mkdtemp(prefix="pivottrace-")
-        path = os.path.join(self._directory, "traces")
+        directory = tempfile.mkdtemp(prefix="pivottrace-")
+        # Also at exit, for an owner that ends without closing.
+        self._remove_directory = weakref.finalize(self, shutil.rmtree, directory, True)
+        path = os.path.join(directory, "traces")
         socket.bind(f"ipc://{path}" if len(path) <= MAX_IPC_PATH else "tcp://127.0.0.1:*")
         self._environment = {
             ENV_ENDPOINT: socket.getsockopt_string(zmq.LAST_ENDPOINT),
@@ -140,8 +142,7 @@ class Receiver:
         self._stop.set()
         if self._thread is not None:
             self._thread.join()
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
+            self._remove_directory()
 
     def __enter__(self) -> "Receiver":
         self.start()

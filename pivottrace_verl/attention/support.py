@@ -1,14 +1,16 @@
-"""Which engines and layers can be captured, and the keys as they lie in vLLM's CPU cache.
+"""Which engines and layers can be captured.
 
 Everything that cannot be captured is refused here, at engine start, with one sentence.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
 
 from pivottrace_verl.attention.config import CaptureConfig
+from pivottrace_verl.attention.keys import find_layout
 
 
 @dataclass(frozen=True)
@@ -125,41 +127,18 @@ def _problem(layer: TracedLayer) -> str | None:
     return None
 
 
-def key_view(kv_cache: torch.Tensor) -> torch.Tensor:
-    """Keys [blocks, H_kv, D, block_size] as a view of the CPU backend's KV cache.
-
-    The cache is [blocks, H_kv, block_size, 2 D]; the first half of each (block, head) holds the
-    keys, column by column (vllm csrc/cpu/cpu_attn_vec.hpp, reshape_and_cache).
-    """
-    n_blocks, kv_heads, block_size, double = kv_cache.shape
-    return kv_cache.as_strided(
-        (n_blocks, kv_heads, double // 2, block_size),
-        (kv_cache.stride(0), kv_cache.stride(1), block_size, 1),
-    )
-
-
-def check_key_layout(layer: TracedLayer) -> None:
-    """Write known keys the way the engine does and read them back through `key_view`.
-
-    The layout depends on the instruction set vLLM chose; a view that read something else would
-    give numbers that look like statistics. Runs before the first request; the cache is restored.
-    """
-    module, cache = layer.module, layer.module.kv_cache
-    n_blocks, kv_heads, block_size, double = cache.shape
-    if cache.stride()[2:] != (double, 1):
-        refuse(f"the KV cache of layer {layer.index} has an unknown layout {cache.stride()}")
-    slots = torch.tensor([1, block_size - 1, (n_blocks - 1) * block_size + block_size // 2])
-    touched = torch.unique(slots // block_size)
-    before = cache[touched].clone()
-    generator = torch.Generator().manual_seed(0)
-    shape = (len(slots), kv_heads, double // 2)
-    keys, values = (torch.randn(shape, generator=generator).to(cache.dtype) for _ in range(2))
-    module.impl.do_kv_cache_update(module, keys, values, cache, slots)
-    read = key_view(cache)[slots // block_size, :, :, slots % block_size]
-    same = torch.equal(read, keys)
-    cache[touched] = before
-    if not same:
+def key_layout(layer: TracedLayer) -> str:
+    """The layout of a layer's keys (`keys.LAYOUTS`), proved by reading back what was written."""
+    module = layer.module
+    layout = find_layout(module.kv_cache, partial(_write, module))
+    if layout is None:
         refuse(
             f"the keys of layer {layer.index} cannot be read back from vLLM's cache, whose layout "
-            f"for the instruction set {layer.isa!r} and {cache.dtype} is not the one known here"
+            f"for the instruction set {layer.isa!r} and {module.kv_cache.dtype} is not known here"
         )
+    return layout
+
+
+def _write(module: Any, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor) -> None:
+    """Write keys the way the engine does."""
+    module.impl.do_kv_cache_update(module, keys, values, module.kv_cache, slots)

@@ -32,14 +32,14 @@ from pivottrace_verl.attention.config import (
     ENV_TOKEN,
     CaptureConfig,
 )
+from pivottrace_verl.attention.keys import PagedKeys
 from pivottrace_verl.attention.reference import RowPlan, group_heads, plan_rows, row_statistics
 from pivottrace_verl.attention.store import NOBODY, SlotStore, Tracker
 from pivottrace_verl.attention.support import (
     TracedLayer,
     check_engine,
-    check_key_layout,
     find_layers,
-    key_view,
+    key_layout,
 )
 from pivottrace_verl.pivots import FEATURES
 
@@ -99,8 +99,6 @@ def attach(wrapper: Any, kv_cache_config: Any) -> "Capture":
     runner = wrapper.worker.model_runner
     check_engine(wrapper.vllm_config, runner)
     layers = find_layers(wrapper.vllm_config, kv_cache_config, config)
-    for layer in layers:
-        check_key_layout(layer)
     sender = Sender(os.environ[ENV_ENDPOINT], os.environ[ENV_TOKEN], config.wire)
     capture = Capture(runner, kv_cache_config, layers, config, sender)
     capture.wrap()
@@ -138,6 +136,7 @@ class Capture:
     ) -> None:
         self.runner = runner
         self.layers = layers
+        self.layouts = [key_layout(layer) for layer in layers]
         self.config = config
         self.groups = config.choose_heads(layers[0].n_heads)
         self._all_heads = self.groups == (tuple(range(layers[0].n_heads)),)
@@ -156,6 +155,7 @@ class Capture:
         return {
             "backend": first.backend,
             "isa": first.isa,
+            "key_layout": self.layouts[0],
             "layers": [layer.index for layer in self.layers],
             "head_groups": [list(group) for group in self.groups],
             "features": list(FEATURES),
@@ -222,7 +222,8 @@ class Capture:
         query = query[: metadata.num_actual_tokens]
         if step.tokens is not None:
             query = query.index_select(0, step.tokens)
-        rows = row_statistics(query, key_view(kv_cache), step.plan, layer.module.impl.scale)
+        keys = PagedKeys(kv_cache, self.layouts[position])
+        rows = row_statistics(query, keys, step.plan, layer.module.impl.scale)
         rows = rows.mean(1, keepdim=True) if self._all_heads else group_heads(rows, self.groups)
         self.store.write_layer(position, step.slots, rows)
         step.layers_done += 1

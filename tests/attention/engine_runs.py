@@ -126,9 +126,9 @@ class Scenarios:
         self.generate("prefix_cached", [[*p, 5, 6, 7] for p in long], 24)
         self.generate("repeated", [self.prompt(70)] * 4, 40)
         self.generate("children", [self.prompt(30)], 20, n=4)
-        self.generate(
-            "mixed", [self.prompt(n) for n in (3, 30, 80, 10, 50, 7)], 20, [True, False] * 3
-        )
+        # Log-probabilities of the prompt go through compute_logits a second time in a step.
+        mixed = [self.prompt(n) for n in (3, 30, 80, 10, 50, 7)]
+        self.generate("mixed", mixed, 20, [True, False] * 3, prompt_logprobs=1)
         self.abort()
         self.greedy()
         self.preempt()

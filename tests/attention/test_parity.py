@@ -93,7 +93,7 @@ def test_a_bfloat16_engine_correlates_with_float32_attention_or_is_refused(runs)
             np.concatenate([pair[side].stats[..., i].ravel() for pair in pairs]) for side in (0, 1)
         )
         correlation = np.corrcoef(found, dense)[0, 1]
-        print(f"bfloat16 {name} {correlation:.5f}")
+        print(f"bfloat16 {name} correlation {correlation:.5f}")
         assert correlation > 0.995, name
 
 

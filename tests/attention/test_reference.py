@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pivottrace_verl.attention.config import CaptureConfig
+from pivottrace_verl.attention.keys import LAYOUTS, PagedKeys, find_layout
 from pivottrace_verl.attention.reference import (
     dense_statistics,
     group_heads,
@@ -19,25 +20,35 @@ from pivottrace_verl.pivots import FEATURES
 SCALE = 0.25
 
 
-def make_pages(lengths, kv_heads, size, block_size, seed, interleaved, spread=1.0):
-    """Keys of a ragged batch, dense and in shuffled pages: ([H_kv, S, D] each, cache, table)."""
+def put(cache, layout, block, head, offset, key):
+    """Write one key [D] element by element, as the layouts are documented."""
+    block_size, size = cache.shape[2], cache.shape[3] // 2
+    half = cache[block, head].view(-1)[: block_size * size]
+    d = torch.arange(size)
+    if layout == "columns":
+        half[d * block_size + offset] = key
+    else:
+        tile, column = offset // 16, offset % 16
+        half[tile * 16 * size + d // 2 * 32 + column * 2 + d % 2] = key
+
+
+def make_pages(lengths, kv_heads, size, block_size, seed, layout="columns", spread=1.0):
+    """Keys of a ragged batch, dense and in shuffled pages: ([H_kv, S, D] each, pages, table)."""
     g = torch.Generator().manual_seed(seed)
     keys = [torch.randn(kv_heads, n, size, generator=g) * spread for n in lengths]
     per_row = [-(-n // block_size) for n in lengths]
-    order = torch.randperm(sum(per_row) + 2, generator=g) + 1
-    double = 2 if interleaved else 1
-    pages = torch.full((len(order) + 1, kv_heads, double, size, block_size), 7.5)
-    cache = pages[:, :, 0]
+    order = (torch.randperm(sum(per_row) + 2, generator=g) + 1).tolist()
+    cache = torch.full((len(order) + 1, kv_heads, block_size, 2 * size), 7.5)
     table = torch.zeros(len(lengths), max(per_row) + 1, dtype=torch.int32)
-    used = 0
-    for r, (rows, n_blocks) in enumerate(zip(keys, per_row, strict=True)):
-        for b in range(n_blocks):
-            block = order[used]
-            used += 1
-            part = rows[:, b * block_size : (b + 1) * block_size].transpose(1, 2)
-            cache[block, :, :, : part.shape[2]] = part
-            table[r, b] = block
-    return keys, cache, table
+    used = iter(order)
+    for r, rows in enumerate(keys):
+        for position in range(lengths[r]):
+            b, offset = divmod(position, block_size)
+            if offset == 0:
+                table[r, b] = next(used)
+            for head in range(kv_heads):
+                put(cache, layout, int(table[r, b]), head, offset, rows[head, position])
+    return keys, PagedKeys(cache, layout), table
 
 
 def dense(query, keys, position, prompt, config):
@@ -64,16 +75,14 @@ def worst(found, expected, config):
     block_size=st.sampled_from([16, 32, 128]),
     window=st.sampled_from([1, 8, 32]),
     sink=st.integers(0, 6),
-    interleaved=st.booleans(),
+    layout=st.sampled_from(LAYOUTS),
     data=st.data(),
 )
-def test_paged_rows_equal_dense_rows(
-    lengths, heads, size, block_size, window, sink, interleaved, data
-):
+def test_paged_rows_equal_dense_rows(lengths, heads, size, block_size, window, sink, layout, data):
     config = CaptureConfig(window=window, sink=sink)
     n_heads, kv_heads = heads
     seed = data.draw(st.integers(0, 1000))
-    keys, cache, table = make_pages(lengths, kv_heads, size, block_size, seed, interleaved)
+    keys, pages, table = make_pages(lengths, kv_heads, size, block_size, seed, layout)
     # Any row of any request, several of one request too: that is a chunk of a prompt.
     rows = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=8))
     positions = [data.draw(st.integers(0, lengths[r] - 1)) for r in rows]
@@ -82,7 +91,7 @@ def test_paged_rows_equal_dense_rows(
     plan = plan_rows(
         table[rows], torch.tensor(positions), torch.tensor(prompts), block_size, config
     )
-    found = row_statistics(query, cache, plan, SCALE)
+    found = row_statistics(query, pages, plan, SCALE)
     expected = torch.stack(
         [dense(query[i], keys[r], positions[i], prompts[i], config) for i, r in enumerate(rows)]
     )
@@ -92,24 +101,24 @@ def test_paged_rows_equal_dense_rows(
 
 def test_a_chunk_of_rows_gives_the_same_numbers_as_all_at_once(monkeypatch):
     config = CaptureConfig()
-    _, cache, table = make_pages([100, 70, 3], 2, 32, 32, 0, True)
+    _, pages, table = make_pages([100, 70, 3], 2, 32, 32, 0)
     positions, prompts = torch.tensor([99, 69, 2]), torch.tensor([10, 60, 3])
     query = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(1))
     plan = plan_rows(table, positions, prompts, 32, config)
-    whole = row_statistics(query, cache, plan, SCALE)
+    whole = row_statistics(query, pages, plan, SCALE)
     monkeypatch.setattr("pivottrace_verl.attention.reference.CHUNK_ELEMENTS", 1)
-    assert torch.allclose(row_statistics(query, cache, plan, SCALE), whole, atol=1e-6)
+    assert torch.allclose(row_statistics(query, pages, plan, SCALE), whole, atol=1e-6)
 
 
 def test_ratios_keep_their_accuracy_when_the_sink_takes_almost_everything():
     # 1 - sink_mass is about 1e-5 here: computed as a difference, float32 would lose it.
     config = CaptureConfig()
-    keys, cache, table = make_pages([120], 1, 8, 32, 3, False, spread=0.3)
+    keys, pages, table = make_pages([120], 1, 8, 32, 3, spread=0.3)
     query = torch.ones(1, 1, 8)
     keys[0][0, 0] = 8.0
-    cache[int(table[0, 0]), 0, :, 0] = 8.0
+    put(pages.cache, "columns", int(table[0, 0]), 0, 0, torch.full((8,), 8.0))
     plan = plan_rows(table, torch.tensor([119]), torch.tensor([20]), 32, config)
-    found = row_statistics(query, cache, plan, SCALE)[0]
+    found = row_statistics(query, pages, plan, SCALE)[0]
     expected = dense(query[0], keys[0], 119, 20, config)
     assert 1e-6 < 1 - float(expected[0, FEATURES.index("sink_mass")]) < 1e-4
     assert worst(found, expected, config) < 1e-5
@@ -117,12 +126,13 @@ def test_ratios_keep_their_accuracy_when_the_sink_takes_almost_everything():
 
 def test_keys_beyond_a_row_do_not_count_however_large():
     config = CaptureConfig()
-    _, cache, table = make_pages([40], 1, 8, 32, 0, False)
+    _, pages, table = make_pages([40], 1, 8, 32, 0)
     query = torch.randn(1, 2, 8, generator=torch.Generator().manual_seed(0))
     plan = plan_rows(table, torch.tensor([10]), torch.tensor([5]), 32, config)
-    before = row_statistics(query, cache, plan, SCALE)
-    cache[int(table[0, 0]), :, :, 11:] = 1e6
-    assert torch.equal(row_statistics(query, cache, plan, SCALE), before)
+    before = row_statistics(query, pages, plan, SCALE)
+    for offset in range(11, 32):
+        put(pages.cache, "columns", int(table[0, 0]), 0, offset, torch.full((8,), 1e6))
+    assert torch.equal(row_statistics(query, pages, plan, SCALE), before)
 
 
 def test_uniform_attention_gives_the_values_counted_by_hand():
@@ -159,3 +169,27 @@ def test_a_head_group_is_the_mean_of_its_heads():
     grouped = group_heads(rows, ((0, 2), (3,)))
     assert torch.equal(grouped[0, 0], (rows[0, 0] + rows[0, 2]) / 2)
     assert torch.equal(grouped[0, 1], rows[0, 3])
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_layout_of_the_keys_is_found_by_writing_and_reading_and_the_cache_restored(layout):
+    cache = torch.full((4, 2, 32, 16), 3.0)
+
+    def write(keys, values, slots):
+        for key, slot in zip(keys, slots.tolist(), strict=True):
+            for head in range(2):
+                put(cache, layout, slot // 32, head, slot % 32, key[head])
+
+    assert find_layout(cache, write) == layout
+    assert bool((cache == 3.0).all())
+
+
+def test_a_layout_that_is_not_known_is_not_guessed():
+    cache = torch.full((4, 2, 32, 16), 3.0)
+
+    def row_by_row(keys, values, slots):
+        cache[slots // 32, :, slots % 32, :8] = keys
+
+    assert find_layout(cache, row_by_row) is None
+    assert bool((cache == 3.0).all())
+    assert find_layout(cache.transpose(0, 1), row_by_row) is None
