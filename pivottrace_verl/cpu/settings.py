@@ -8,6 +8,7 @@ one of the user's own: Hydra takes the last. They also carry the environment to 
 `VERL_PLATFORM=cpu` is all that the driver needs.
 """
 
+import os
 from collections.abc import Mapping
 
 # Why each is there; those marked "needed" make a run fail or hang when they are left out.
@@ -24,20 +25,26 @@ ENVIRONMENT: dict[str, str] = {
     # TransferQueue sets torch to 8 threads around every small tensor and warns when there are fewer
     # cores.
     "TQ_NUM_THREADS": "1",
-    # One thread a process: several busy processes share the cores, and OpenMP threads that wait for
-    # one another while another process has the core cost far more than they bring.
-    "OMP_NUM_THREADS": "1",
+    # Threads that wait for one another must sleep, not spin: other processes need the core. With
+    # spinning threads and a busy machine a step was seen to take minutes.
+    "OMP_WAIT_POLICY": "PASSIVE",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
 
 
-def cpu_env() -> dict[str, str]:
-    """Environment variables of the driver; a local Ray hands them to every process it starts."""
-    return dict(ENVIRONMENT)
+def cpu_env(threads: int | None = None) -> dict[str, str]:
+    """Environment variables of the driver; a local Ray hands them to every process it starts.
+
+    threads: torch threads of each process; by default half of the cores, because a rollout keeps
+        the engine and several Python processes busy at once.
+    """
+    count = threads or max(1, len(os.sched_getaffinity(0)) // 2)
+    return {**ENVIRONMENT, "OMP_NUM_THREADS": str(count)}
 
 
 def cpu_overrides(
     *,
+    threads: int | None = None,
     max_tokens: int = 2048,
     agent_workers: int = 1,
     reward_workers: int = 1,
@@ -47,6 +54,7 @@ def cpu_overrides(
 ) -> list[str]:
     """Hydra overrides under which verl's PPO trainer runs on one machine without a GPU.
 
+    threads: as in `cpu_env`.
     max_tokens: tokens of one micro-batch in the actor; at least the longest prompt plus response.
     agent_workers: processes that run agent loops.
     reward_workers: processes that run the reward function; 0 only for an agent loop that sets the
@@ -104,7 +112,7 @@ def cpu_overrides(
         overrides.append("algorithm.rollout_correction.bypass_mode=True")
     if ray_temp_dir is not None:
         overrides.append(f"+{ray}._temp_dir={ray_temp_dir}")
-    workers_env = {**cpu_env(), **(env or {})}
+    workers_env = {**cpu_env(threads), **(env or {})}
     overrides += [f"+{ray}.runtime_env.env_vars.{k}='{v}'" for k, v in workers_env.items()]
     return overrides
 

@@ -52,6 +52,7 @@ def test_the_users_override_after_ours_wins(compose) -> None:
 def test_the_choices_reach_the_configuration(compose) -> None:
     config = compose(
         *cpu_overrides(
+            threads=3,
             max_tokens=512,
             agent_workers=3,
             reward_workers=0,
@@ -62,6 +63,7 @@ def test_the_choices_reach_the_configuration(compose) -> None:
     assert config.actor_rollout_ref.rollout.log_prob_max_token_len_per_gpu == 512
     assert config.actor_rollout_ref.rollout.agent.num_workers == 3
     assert config.reward.num_workers == 0
+    assert config.ray_kwargs.ray_init.runtime_env.env_vars.OMP_NUM_THREADS == "3"
     assert config.algorithm.rollout_correction.bypass_mode is True
     assert config.ray_kwargs.ray_init._temp_dir == "/tmp/short"
 
