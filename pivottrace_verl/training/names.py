@@ -1,0 +1,94 @@
+"""Every private name of verl that the training room leans on, in one place.
+
+`tests/plugin_contracts/test_training_names.py` checks each against the installed verl, so that an
+upgrade that moved one fails there with a sentence and not in the middle of a run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+VERL = "0.9.1"
+
+
+@dataclass(frozen=True)
+class Name:
+    """One private name."""
+
+    path: str
+    """Module, colon, attribute."""
+    why: str
+    parameters: tuple[str, ...] | None = None
+    """Parameters that must be there, in this order; others may follow. None: do not matter."""
+
+
+_WORKER = "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ.__ray_metadata__.modified_class"
+_TRAINER = "verl.trainer.ppo.v1.trainer_base:PPOTrainer"
+_SERVER = "verl.workers.rollout.vllm_rollout.vllm_async_server"
+
+NAMES = (
+    Name(
+        f"{_WORKER}._run_prompt",
+        "the group of a prompt is opened and closed around it",
+        ("self", "prompt", "sampling_params", "trajectory", "trace"),
+    ),
+    Name(
+        f"{_WORKER}._run_agent_loop",
+        "a request opts in to capture and gets its seed there",
+        ("self", "sampling_params", "trajectory", "agent_name", "trace"),
+    ),
+    Name(
+        f"{_WORKER}._agent_loop_postprocess",
+        "the verdict is put in before verl publishes the rollout",
+        ("self", "output", "validate"),
+    ),
+    Name(
+        f"{_WORKER}._compute_score",
+        "scores a rollout in verl's reward workers; skipped by verl where a reward is set",
+        ("self", "outputs", "kwargs"),
+    ),
+    Name(
+        "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopManagerTQ",
+        "starts `agent_loop_workers_class`",
+    ),
+    Name(f"{_TRAINER}._init_dataloader", "the sampler is replaced after it", ("self",)),
+    Name(
+        f"{_TRAINER}._compute_advantage",
+        "advantages are scaled by route after it",
+        ("self", "batch", "metrics"),
+    ),
+    Name(f"{_TRAINER}.step", "records are read at its end", ("self", "metrics", "timing_raw")),
+    Name(f"{_TRAINER}.on_init_end", "the poll interval is set after it", ("self",)),
+    Name(
+        "verl.trainer.ppo.v1.trainer_base:TRAINER_REGISTRY",
+        "the class behind the trainer mode sync is replaced in the task runner's process",
+    ),
+    Name("verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync", "the trainer that is extended"),
+    Name(
+        "verl.trainer.main_ppo:TaskRunnerV1.__ray_metadata__.modified_class.run",
+        "trainer and replica are swapped in before it",
+        ("self", "config"),
+    ),
+    Name("verl.trainer.main_ppo:run_ppo", "starts the job", ("config", "task_runner_class")),
+    Name(
+        "verl.workers.rollout.replica:RolloutReplicaRegistry.register",
+        "the class behind the rollout name vllm is replaced in the task runner's process",
+        ("name", "loader"),
+    ),
+    Name(f"{_SERVER}:vLLMReplica.__init__", "sets `server_class`, which is replaced after it"),
+    Name(f"{_SERVER}:vLLMHttpServer.launch_server", "the receiver starts before the engine"),
+    Name(
+        f"{_SERVER}:vLLMHttpServer.generate",
+        "the trace is awaited after it",
+        ("self", "prompt_ids", "sampling_params", "request_id"),
+    ),
+    Name(
+        "verl.utils.dataset.rl_dataset:collate_fn",
+        "the dataloader is rebuilt with it",
+        ("data_list",),
+    ),
+    Name(
+        "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer._wait_for_next_poll",
+        "sleeps `poll_interval`, which is shortened on small machines",
+    ),
+)
