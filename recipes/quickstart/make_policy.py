@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import permutations
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import muon
 import tasks
 
 SPECIAL = ("<pad>", "<|end|>", "<unk>", "<|system|>", "<|user|>", "<|assistant|>")
@@ -41,8 +43,7 @@ CHAT_TEMPLATE = (
 )
 WORDS = (
     *("+", "-", "*", "/", "=", "(", ")", ",", ".", ":", "yes", "no", "back", "guess"),
-    *("Using", "all", "the", "numbers", "create", "an", "expression", "that", "equals"),
-    *("Find", "a", "way", "to", "make", "using", "of", "these", "Calculate", "Put", "it", "in"),
+    *("Calculate", "using", "all", "of", "these", "numbers", "Answer", "in"),
 )
 
 
@@ -51,10 +52,11 @@ class Settings:
     """Everything the policy depends on besides the sources."""
 
     seed: int = 0
-    fact_steps: int = 500
-    steps: int = 1400
+    fact_steps: int = 200
+    steps: int = 1600
     batch: int = 24
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
+    embedding_rate: float = 5e-3
     problems: int = 3000
     hidden: int = 128
     layers: int = 4
@@ -151,6 +153,14 @@ def place_numbers(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -
     weight[ids] = rows / rows.std() * 2 * model.config.initializer_range
 
 
+def prompt_tokens(tokenizer: PreTrainedTokenizerFast, problem: tasks.Instance) -> list[int]:
+    """What the policy is given before it answers."""
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": problem.prompt}], add_generation_prompt=True, tokenize=False
+    )
+    return list(tokenizer(text).input_ids)
+
+
 def fact_batches(
     s: Settings, tokenizer: PreTrainedTokenizerFast
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
@@ -182,19 +192,20 @@ def batches(
     rng = random.Random(s.seed)
     problems = tasks.draw(s.problems, seed=s.seed, for_training=True)
     carelessness = tasks.Carelessness()
-    prompts = [
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": p.prompt}], add_generation_prompt=True, return_dict=False
-        )
+    # The same problem with its numbers in every order: one prompt each.
+    orders = [
+        [replace(p, numbers=order) for order in sorted(set(permutations(p.numbers)))]
         for p in problems
     ]
+    prompts = {p: prompt_tokens(tokenizer, p) for group in orders for p in group}
     index = tokenizer.get_vocab()
     while True:
         chunk = []
         for _ in range(16 * s.batch):
-            i = rng.randrange(len(problems))
-            text = tasks.worked_solution(problems[i], rng, carelessness)
-            chunk.append((prompts[i], [index[w] for w in text.split()] + [tokenizer.eos_token_id]))
+            problem = rng.choice(rng.choice(orders))
+            text = tasks.worked_solution(problem, rng, carelessness)
+            answer = [index[word] for word in text.split()] + [tokenizer.eos_token_id]
+            chunk.append((prompts[problem], answer))
         chunk.sort(key=lambda pair: len(pair[0]) + len(pair[1]))
         rows = [chunk[k : k + s.batch] for k in range(0, len(chunk), s.batch)]
         rng.shuffle(rows)
@@ -214,9 +225,10 @@ def train(s: Settings, tokenizer: PreTrainedTokenizerFast) -> tuple[LlamaForCaus
     start = time.monotonic()
     model = build_model(s, tokenizer)
     place_numbers(model, tokenizer)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=s.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
+    matrices = [p for n, p in model.model.layers.named_parameters() if p.ndim == 2]
+    others = [model.model.embed_tokens.weight, *(p for p in model.parameters() if p.ndim == 1)]
+    muon_optimizer = muon.Muon(matrices)
+    optimizer = torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0)
     steps = s.fact_steps + s.steps
     warmup = max(1, min(40, steps // 10))
     done, average = 0, float("nan")
@@ -225,16 +237,17 @@ def train(s: Settings, tokenizer: PreTrainedTokenizerFast) -> tuple[LlamaForCaus
         progress = max(0, done - warmup) / max(1, steps - warmup)
         scale = min(done / warmup, 0.03 + 0.97 * 0.5 * (1 + math.cos(math.pi * progress)))
         for group in optimizer.param_groups:
-            group["lr"] = s.learning_rate * scale
+            group["lr"] = s.embedding_rate * scale
         tokens, targets = next(facts if done <= s.fact_steps else searches)
         # Right padding under a causal mask: no real token sees a pad, so no mask is needed.
         hidden = model.model(input_ids=tokens, use_cache=False).last_hidden_state
         wanted = targets != -100
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[wanted]), targets[wanted])
-        optimizer.zero_grad(set_to_none=True)
+        model.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(others, 1.0)
         optimizer.step()
+        muon_optimizer.step(s.learning_rate * scale)
         fresh = done in (1, s.fact_steps + 1)
         average = loss.item() if fresh else 0.95 * average + 0.05 * loss.item()
         if done % max(1, steps // 20) == 0 or done == steps:
@@ -257,7 +270,7 @@ def train(s: Settings, tokenizer: PreTrainedTokenizerFast) -> tuple[LlamaForCaus
 def fingerprint(s: Settings) -> str:
     """SHA-256 over the settings and the sources that shape the policy."""
     digest = hashlib.sha256(json.dumps(asdict(s), sort_keys=True).encode())
-    for source in (Path(__file__), Path(tasks.__file__)):
+    for source in (Path(__file__), Path(tasks.__file__), Path(muon.__file__)):
         digest.update(source.read_bytes())
     return digest.hexdigest()
 

@@ -37,9 +37,13 @@ MAX_VALUE = 14
 MAX_NUMBER = 199
 """Largest number a worked solution may mention; numbers 0..MAX_NUMBER are single tokens."""
 
-ANSWER_FORMAT = "Put it in <answer> </answer>."
-"""Said in place of reasoning-gym's longer format instructions and of its second sentence, which
-is shown to cost tokens only: every rollout of every step pays for the prompt again."""
+QUESTION = "Calculate {target} using all of these numbers: {numbers}."
+"""The shortest of reasoning-gym's three phrasings, used for all problems: telling where the target
+stands is no part of the exercise, and costs a small model much of its training."""
+
+ANSWER_FORMAT = "Answer in <answer> </answer>."
+"""Said in place of reasoning-gym's longer format instructions and of its second sentence: every
+rollout of every step pays for the prompt again."""
 
 HELD_OUT = 30
 """Percentage of all problems, chosen by a hash of the problem, that no policy is trained on."""
@@ -50,9 +54,8 @@ Expr = int | tuple[str, "Expr", "Expr"]
 
 @dataclass(frozen=True)
 class Instance:
-    """One problem: reasoning-gym's question, its numbers in the order shown, and the target."""
+    """One problem: the numbers in the order shown, and the target."""
 
-    question: str
     numbers: tuple[int, ...]
     target: int
 
@@ -64,7 +67,9 @@ class Instance:
     @property
     def prompt(self) -> str:
         """The user's message."""
-        return f"{self.question} {ANSWER_FORMAT}"
+        numbers = ", ".join(map(str, self.numbers))
+        question = QUESTION.format(target=self.target, numbers=numbers)
+        return f"{question} {ANSWER_FORMAT}"
 
 
 @dataclass(frozen=True)
@@ -75,17 +80,17 @@ class Carelessness:
     """A new branch is one that leads to the solution, whatever the intuition says."""
     temperature: float = 0.35
     """Spread of the intuition "get close to the target first" (in log distance)."""
-    miscalculate: float = 0.05
+    miscalculate: float = 0.03
     """A result is off by a little, and the search goes on with it."""
-    overlook: float = 0.15
+    overlook: float = 0.06
     """A combination that hits the target is waved through as `no`."""
-    wishful: float = 0.03
+    wishful: float = 0.02
     """A first failing combination is claimed to hit the target."""
-    impatience: float = 0.05
+    impatience: float = 0.04
     """Added to `wishful` for every combination that has failed already."""
-    miscopy: float = 0.12
+    miscopy: float = 0.08
     """The answer is not the expression that was found."""
-    give_up: float = 0.08
+    give_up: float = 0.05
     """After a failure the demonstrator stops searching and guesses."""
     patience: int = 5
     """Failures (a count) after which it gives up in any case."""
@@ -99,7 +104,7 @@ def careful(c: Carelessness) -> Carelessness:
 
 @dataclass(frozen=True)
 class Step:
-    """`left op right = value`, the larger number first."""
+    """`left op right = value`."""
 
     left: int
     op: str
@@ -150,13 +155,13 @@ def _combine(items: list[tuple[Fraction, Expr]]) -> Iterator[tuple[Fraction, Exp
 
 def steps(a: int, b: int) -> tuple[Step, ...]:
     """The combinations of two numbers that a search writes down: positive integers only, no
-    multiplication or division by one."""
+    multiplication or division by one; sums and products keep the order given."""
     x, y = max(a, b), min(a, b)
-    found = [Step(x, "+", y, x + y)]
+    found = [Step(a, "+", b, a + b)]
     if x > y:
         found.append(Step(x, "-", y, x - y))
     if y > 1:
-        found.append(Step(x, "*", y, x * y))
+        found.append(Step(a, "*", b, a * b))
         if x % y == 0:
             found.append(Step(x, "/", y, x // y))
     return tuple(s for s in found if s.value <= MAX_NUMBER)
@@ -224,11 +229,7 @@ def draw(n: int, seed: int, *, for_training: bool, tries: int | None = None) -> 
         if len(found) == n:
             return found
         row = data[i]
-        instance = Instance(
-            row["question"].split("\n")[0],
-            tuple(row["metadata"]["numbers"]),
-            row["metadata"]["target"],
-        )
+        instance = Instance(tuple(row["metadata"]["numbers"]), row["metadata"]["target"])
         if instance.key in taken or held_out(instance) == for_training:
             continue
         if solvable(instance):
@@ -303,6 +304,6 @@ def _answer(first: Step, second: Step, rest: int, rng: random.Random, c: Careles
         else:
             second_op = rng.choice([op for op in "+-*/" if op != second_op])
     inner = f"( {first.left} {first_op} {first.right} )"
-    if second.left == rest:
+    if second.left == rest and second.right != rest:
         return f"{rest} {second_op} {inner}"
     return f"{inner} {second_op} {rest}"

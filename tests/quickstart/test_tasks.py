@@ -46,8 +46,8 @@ def test_a_label_evaluates_to_its_target_and_uses_each_number_once(problems):
 
 def test_a_problem_with_two_solutions_is_not_solvable():
     # 2 * 3 + 1 has a sibling for none, but 2, 2, 4 make 4 in more than one way.
-    assert not tasks.solvable(tasks.Instance("", (2, 2, 4), 4))
-    assert not tasks.solvable(tasks.Instance("", (5, 1, 7), 35))  # 5 * 7 * 1 = 5 * 7 / 1
+    assert not tasks.solvable(tasks.Instance((2, 2, 4), 4))
+    assert not tasks.solvable(tasks.Instance((5, 1, 7), 35))  # 5 * 7 * 1 = 5 * 7 / 1
 
 
 def test_orderings_and_groupings_of_a_sum_count_as_one_solution():
@@ -56,9 +56,7 @@ def test_orderings_and_groupings_of_a_sum_count_as_one_solution():
 
 def test_a_problem_that_needs_fractions_is_not_solvable():
     # 7 / (3 / 12) is 7 * 12 / 3 and stays; no order of steps spares a fraction here.
-    assert not any(
-        tasks.solvable(tasks.Instance("", (3, 5, 7), target)) for target in (0, 1000, -4)
-    )
+    assert not any(tasks.solvable(tasks.Instance((3, 5, 7), target)) for target in (0, 1000, -4))
 
 
 def test_training_and_held_out_problems_are_disjoint(problems):
