@@ -33,7 +33,13 @@ from pivottrace_verl.attention.config import (
     CaptureConfig,
 )
 from pivottrace_verl.attention.keys import PagedKeys
-from pivottrace_verl.attention.reference import RowPlan, group_heads, plan_rows, row_statistics
+from pivottrace_verl.attention.reference import (
+    FLOOR,
+    RowPlan,
+    group_heads,
+    plan_rows,
+    row_statistics,
+)
 from pivottrace_verl.attention.store import NOBODY, SlotStore, Tracker
 from pivottrace_verl.attention.support import (
     TracedLayer,
@@ -280,9 +286,10 @@ def token_entropy(logits: torch.Tensor) -> torch.Tensor:
     chunk = max(1, _ENTROPY_CHUNK // logits.shape[-1])
     out = []
     for part in logits.split(chunk):
-        # Masked vocabulary is -inf; a finite floor keeps 0 * -inf out of the sum.
-        score = (part.float() - part.amax(-1, keepdim=True).float()).clamp_min_(-1e4)
+        # Masked vocabulary is -inf; the floor keeps 0 * -inf out of the sum.
+        top = part.amax(-1, keepdim=True).float()
+        score = (part.float() - top).clamp_min_(FLOOR)
         weight = score.exp()
         total = weight.sum(-1)
-        out.append(total.log() - (weight * score).sum(-1) / total)
+        out.append(total.log() - torch.linalg.vecdot(weight, score) / total)
     return torch.cat(out)
