@@ -4,11 +4,10 @@ verl's entry point runs in every process that imports verl, and most of them nev
 engine. A shim of the engine waits here until the process that needs it imports it.
 """
 
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
 from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
 Change = Callable[[ModuleType], None]
@@ -20,7 +19,7 @@ def after_import(name: str, change: Change) -> None:
     An exception of `change` fails the import. A second change of the same module follows the first.
     """
     module = sys.modules.get(name)
-    if module is not None and not getattr(module.__spec__, "_initializing", False):
+    if module is not None:
         change(module)
         return
     for finder in sys.meta_path:
@@ -33,7 +32,7 @@ def after_import(name: str, change: Change) -> None:
 
 
 class _Waiting(MetaPathFinder):
-    """First in line for the names it waits for; hands each to the finders behind it."""
+    """First in line for the names it waits for; finds each where Python finds its files."""
 
     def __init__(self) -> None:
         self.changes: dict[str, list[Change]] = {}
@@ -41,14 +40,11 @@ class _Waiting(MetaPathFinder):
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        changes = self.changes.pop(name, None)
-        if changes is None:
+        if name not in self.changes:
             return None
-        spec = importlib.util.find_spec(name)
-        if spec is None or spec.loader is None:
-            self.changes[name] = changes
-            return None
-        spec.loader = _Changing(spec.loader, changes)
+        spec = PathFinder.find_spec(name, path, target)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Changing(spec.loader, self.changes[name])
         return spec
 
 

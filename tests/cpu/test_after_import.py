@@ -1,6 +1,7 @@
 """A change waits for the module it is about, and the module stays an ordinary one."""
 
 import importlib
+import importlib.util
 import inspect
 import itertools
 import sys
@@ -51,7 +52,13 @@ def test_the_module_keeps_its_loader_and_source(module_name: str) -> None:
     module = importlib.import_module(module_name)
     assert inspect.getsource(module.twice) == "def twice(x):\n    return 2 * x\n"
     assert module.__spec__.loader is module.__loader__
-    assert importlib.reload(module).value == 1
+    assert importlib.reload(module).value == 11
+
+
+def test_a_look_without_an_import_leaves_the_change_waiting(module_name: str) -> None:
+    after_import(module_name, add_ten)
+    assert importlib.util.find_spec(module_name) is not None
+    assert importlib.import_module(module_name).value == 11
 
 
 def test_a_module_that_does_not_exist_stays_an_import_error() -> None:
