@@ -109,6 +109,8 @@ class Engine:
             self._options.update(
                 dtype="float32",
                 enforce_eager=True,
+                # Small blocks: what attention and capture read of a short context is less padding.
+                block_size=32,
                 # One engine process, not two: a message queue at every token costs more than it
                 # brings.
                 distributed_executor_backend="uni",
@@ -119,6 +121,9 @@ class Engine:
                 max_num_batched_tokens=max(8192, self._options["max_model_len"]),
             )
         self._llm = LLM(model=self._model, **self._options)
+        if self._receiver is not None:
+            # A plugin that did not load must be told now, not as one missing trace after another.
+            self._receiver.wait_ready()
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -8,6 +8,7 @@ reported as `traced: False`, never invented.
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import ray
@@ -35,7 +36,11 @@ class PivotVLLMServer(vLLMHttpServer):
             # Before the engine starts: its processes inherit the endpoint from the environment.
             self._pt_receiver = Receiver(CaptureConfig.from_dict(capture))
             self._pt_receiver.start()
-        return await super().launch_server(*args, **kwargs)
+        launched = await super().launch_server(*args, **kwargs)
+        if self._pt_receiver is not None and self.node_rank == 0:
+            # A plugin that did not load must be told now, not as one missing trace after another.
+            await asyncio.to_thread(self._pt_receiver.wait_ready)
+        return launched
 
     async def generate(
         self, prompt_ids: Any, sampling_params: dict, request_id: str, **kwargs: Any
