@@ -37,6 +37,8 @@ def diagnose(*, capture: bool = True) -> dict[str, Any]:
 
     `capture=False` leaves out the proof on a model, which starts an engine (about 20 seconds).
     """
+    # vLLM greets on import; this command prints its own findings and, with --json, only them.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     checks = [_python(), *_distributions(), *_entry_points(), _platform(), _kill_switch()]
     facts: dict[str, Any] = {}
     if capture and not disabled() and all(c.ok for c in checks if c.needed):
@@ -146,7 +148,6 @@ def _kill_switch() -> Check:
 
 
 def _capture() -> tuple[Check, dict[str, Any]]:
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from pivottrace_verl.attention.selftest import run_selftest
 
     try:
