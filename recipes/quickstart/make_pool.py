@@ -9,6 +9,7 @@ policy in its training, and the same arguments give the same bytes.
 
 import argparse
 import json
+import random
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ def row(instance: tasks.Instance) -> dict[str, Any]:
 def make(out: Path, n_pool: int, n_val: int, seed: int) -> None:
     """The three files in `out`, each written whole."""
     instances = tasks.draw(n_pool + n_val, seed=seed, for_training=False)
+    # The rarer problems are drawn last; pool and validation are to be of the same mix.
+    random.Random(seed).shuffle(instances)
     pool, validation = instances[:n_pool], instances[n_pool:]
     pool_rows = [row(i) for i in pool]
     answers = [

@@ -19,7 +19,7 @@ import hashlib
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from fractions import Fraction
 from functools import cache
 from itertools import permutations
@@ -76,23 +76,25 @@ class Instance:
 class Carelessness:
     """How the demonstrator goes wrong; each field is a probability unless it says otherwise."""
 
-    insight: float = 0.3
+    insight: float = 0.4
     """A new branch is one that leads to the solution, whatever the intuition says."""
     temperature: float = 0.35
     """Spread of the intuition "get close to the target first" (in log distance)."""
-    miscalculate: float = 0.03
-    """A result is off by a little, and the search goes on with it."""
-    overlook: float = 0.06
-    """A combination that hits the target is waved through as `no`."""
-    wishful: float = 0.02
-    """A first failing combination is claimed to hit the target."""
-    impatience: float = 0.04
+    hasty: float = 0.03
+    """It does not search at all and guesses."""
+    wishful: float = 0.05
+    """A first failing combination is passed off as a hit."""
+    impatience: float = 0.03
     """Added to `wishful` for every combination that has failed already."""
-    miscopy: float = 0.08
+    give_up: float = 0.03
+    """After a failure it stops searching and guesses."""
+    overlook: float = 0.25
+    """A combination that hits the target is waved through as `no`."""
+    miscalculate: float = 0.01
+    """A result is off by a little, and the search goes on with it."""
+    miscopy: float = 0.03
     """The answer is not the expression that was found."""
-    give_up: float = 0.05
-    """After a failure the demonstrator stops searching and guesses."""
-    patience: int = 5
+    patience: int = 6
     """Failures (a count) after which it gives up in any case."""
 
 
@@ -246,6 +248,10 @@ def worked_solution(instance: Instance, rng: random.Random, c: Carelessness) -> 
     words: list[str] = []
     failures = 0
     untried = list(branches(instance.numbers))
+    if rng.random() < c.hasty:
+        branch = _next_branch(untried, target, rng, replace(c, insight=0.0))
+        second = min(branch.seconds, key=lambda s: (abs(s.value - target), s.op))
+        return _conclude(["guess"], branch.first, second, branch.rest, rng, c)
     answer: tuple[Step, Step, int] | None = None
     while answer is None:
         branch = _next_branch(untried, target, rng, c)
@@ -258,10 +264,10 @@ def worked_solution(instance: Instance, rng: random.Random, c: Carelessness) -> 
             seconds.remove(second)
             said = _calculate(second, rng, c)
             hit = said.value == target
-            if not hit and rng.random() < c.wishful + c.impatience * failures:
-                said, hit = Step(second.left, second.op, second.right, target), True
-            elif hit and rng.random() < c.overlook:
-                hit = False
+            if hit:
+                hit = rng.random() >= c.overlook
+            else:
+                hit = rng.random() < c.wishful + c.impatience * failures
             words += [str(said), "yes" if hit else "no"]
             failures += not hit
             stop = failures >= c.patience or (not hit and rng.random() < c.give_up)
@@ -274,7 +280,7 @@ def worked_solution(instance: Instance, rng: random.Random, c: Carelessness) -> 
                 break
         if answer is None:
             words.append("back")
-    return " ".join([*words, "<answer>", _answer(*answer, rng, c), "</answer>"])
+    return _conclude(words, *answer, rng, c)
 
 
 def _next_branch(untried: list[Branch], target: int, rng: random.Random, c: Carelessness) -> Branch:
@@ -296,14 +302,18 @@ def _calculate(step: Step, rng: random.Random, c: Carelessness) -> Step:
     return Step(step.left, step.op, step.right, min(max(wrong, 1), MAX_NUMBER))
 
 
-def _answer(first: Step, second: Step, rest: int, rng: random.Random, c: Carelessness) -> str:
+def _conclude(
+    words: list[str], first: Step, second: Step, rest: int, rng: random.Random, c: Carelessness
+) -> str:
     first_op, second_op = first.op, second.op
     if rng.random() < c.miscopy:
         if rng.random() < 0.5:
             first_op = rng.choice([op for op in "+-*/" if op != first_op])
         else:
             second_op = rng.choice([op for op in "+-*/" if op != second_op])
-    inner = f"( {first.left} {first_op} {first.right} )"
+    answer = f"( {first.left} {first_op} {first.right} )"
     if second.left == rest and second.right != rest:
-        return f"{rest} {second_op} {inner}"
-    return f"{inner} {second_op} {rest}"
+        answer = f"{rest} {second_op} {answer}"
+    else:
+        answer = f"{answer} {second_op} {rest}"
+    return " ".join([*words, "<answer>", answer, "</answer>"])
