@@ -27,6 +27,7 @@ HERE = Path(__file__).resolve().parent
 LABEL_SHARE = 0.35
 """Most of the pool that may be labelled, probes included."""
 
+# fmt: off
 FULL = {
     "policy": [],
     "pool": ["--n-pool", "640", "--n-val", "200"],
@@ -35,7 +36,11 @@ FULL = {
     # The method's own estimator first; if the probes find it uninformative here, the one they
     # recommend: --fallback says which and why.
     "triage": ["--fallback"],
-    "train": ["--steps", "36", "--batch-size", "32", "--rollouts", "8"],
+    "train": [
+        "--steps", "36", "--batch-size", "32", "--rollouts", "8", "--learning-rate", "3e-4",
+        # Four updates of 8 prompts a step: a small model in few steps needs them.
+        "actor_rollout_ref.actor.ppo_mini_batch_size=8",
+    ],
     "val_samples": 4,
 }
 # The end-to-end test: the same stages, real engines, a few minutes.
@@ -46,10 +51,13 @@ SMALL = {
     "probes": 16,
     # A model of half a minute gives no ranking worth the name; both routes must be trained on.
     "triage": ["--min-spearman", "1e-6", "--overflow", "self_train"],
-    "train": ["--steps", "4", "--batch-size", "8", "--rollouts", "4", "--val-samples", "1"],
+    "train": [
+        "--steps", "3", "--batch-size", "8", "--rollouts", "4", "--learning-rate", "3e-4",
+        "--val-samples", "1",
+    ],
     "val_samples": 2,
 }
-LEARNING_RATE = "1e-4"
+# fmt: on
 MAX_PROMPT_TOKENS = "64"
 MAX_TOKENS = "128"
 
@@ -151,10 +159,7 @@ def main() -> None:
     budget = str(int(LABEL_SHARE * n_pool))
     stage("triage", pivottrace, "triage", run, "--budget", budget, *size["triage"])
     annotate(stage, pivottrace, run, data, "queue")
-    stage(
-        "train", pivottrace, "train", run, *size["train"],
-        "--learning-rate", LEARNING_RATE, "--seed", args.seed,
-    )  # fmt: skip
+    stage("train", pivottrace, "train", run, "--seed", args.seed, *size["train"])
     evaluate(stage, pivottrace, run, "after", size)
     stage.log["peak_memory_gib"] = round(
         max(memory.peak / 2**30, stage.log.get("peak_memory_gib", 0.0)), 2
