@@ -47,8 +47,8 @@ FULL = {
 SMALL = {
     "policy": ["--small"],
     "pool": ["--n-pool", "64", "--n-val", "24"],
-    "score": ["--rollouts", "4", "--part-size", "32"],
-    "probes": 16,
+    "score": ["--rollouts", "8", "--part-size", "32"],
+    "probes": 20,
     # A model of half a minute gives no ranking worth the name; both routes must be trained on.
     "triage": ["--min-spearman", "1e-6", "--overflow", "self_train"],
     "train": [

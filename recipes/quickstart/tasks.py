@@ -76,25 +76,25 @@ class Instance:
 class Carelessness:
     """How the demonstrator goes wrong; each field is a probability unless it says otherwise."""
 
-    insight: float = 0.4
+    insight: float = 0.3
     """A new branch is one that leads to the solution, whatever the intuition says."""
     temperature: float = 0.35
     """Spread of the intuition "get close to the target first" (in log distance)."""
-    hasty: float = 0.03
+    hasty: float = 0.1
     """It does not search at all and guesses."""
-    wishful: float = 0.05
-    """A first failing combination is passed off as a hit."""
-    impatience: float = 0.03
-    """Added to `wishful` for every combination that has failed already."""
-    give_up: float = 0.03
-    """After a failure it stops searching and guesses."""
-    overlook: float = 0.25
-    """A combination that hits the target is waved through as `no`."""
-    miscalculate: float = 0.01
+    miscalculate: float = 0.03
     """A result is off by a little, and the search goes on with it."""
-    miscopy: float = 0.03
+    overlook: float = 0.06
+    """A combination that hits the target is waved through as `no`."""
+    wishful: float = 0.02
+    """A first failing combination is claimed to hit the target."""
+    impatience: float = 0.04
+    """Added to `wishful` for every combination that has failed already."""
+    miscopy: float = 0.08
     """The answer is not the expression that was found."""
-    patience: int = 6
+    give_up: float = 0.05
+    """After a failure the demonstrator stops searching and guesses."""
+    patience: int = 5
     """Failures (a count) after which it gives up in any case."""
 
 
@@ -251,7 +251,8 @@ def worked_solution(instance: Instance, rng: random.Random, c: Carelessness) -> 
     if rng.random() < c.hasty:
         branch = _next_branch(untried, target, rng, replace(c, insight=0.0))
         second = min(branch.seconds, key=lambda s: (abs(s.value - target), s.op))
-        return _conclude(["guess"], branch.first, second, branch.rest, rng, c)
+        final = _answer(branch.first, second, branch.rest, rng, c)
+        return " ".join(["guess", "<answer>", final, "</answer>"])
     answer: tuple[Step, Step, int] | None = None
     while answer is None:
         branch = _next_branch(untried, target, rng, c)
@@ -264,23 +265,23 @@ def worked_solution(instance: Instance, rng: random.Random, c: Carelessness) -> 
             seconds.remove(second)
             said = _calculate(second, rng, c)
             hit = said.value == target
-            if hit:
-                hit = rng.random() >= c.overlook
-            else:
-                hit = rng.random() < c.wishful + c.impatience * failures
+            if not hit and rng.random() < c.wishful + c.impatience * failures:
+                said, hit = Step(second.left, second.op, second.right, target), True
+            elif hit and rng.random() < c.overlook:
+                hit = False
             words += [str(said), "yes" if hit else "no"]
             failures += not hit
             stop = failures >= c.patience or (not hit and rng.random() < c.give_up)
             if hit or stop or (not untried and not seconds):
                 words += [] if hit else ["guess"]
                 answer = (branch.first, second, branch.rest)
-            elif seconds and rng.random() < 0.2:
+            elif seconds and (not untried or rng.random() < 0.2):
                 words.append(",")
             else:
                 break
         if answer is None:
             words.append("back")
-    return _conclude(words, *answer, rng, c)
+    return " ".join([*words, "<answer>", _answer(*answer, rng, c), "</answer>"])
 
 
 def _next_branch(untried: list[Branch], target: int, rng: random.Random, c: Carelessness) -> Branch:
@@ -302,18 +303,14 @@ def _calculate(step: Step, rng: random.Random, c: Carelessness) -> Step:
     return Step(step.left, step.op, step.right, min(max(wrong, 1), MAX_NUMBER))
 
 
-def _conclude(
-    words: list[str], first: Step, second: Step, rest: int, rng: random.Random, c: Carelessness
-) -> str:
+def _answer(first: Step, second: Step, rest: int, rng: random.Random, c: Carelessness) -> str:
     first_op, second_op = first.op, second.op
     if rng.random() < c.miscopy:
         if rng.random() < 0.5:
             first_op = rng.choice([op for op in "+-*/" if op != first_op])
         else:
             second_op = rng.choice([op for op in "+-*/" if op != second_op])
-    answer = f"( {first.left} {first_op} {first.right} )"
+    inner = f"( {first.left} {first_op} {first.right} )"
     if second.left == rest and second.right != rest:
-        answer = f"{rest} {second_op} {answer}"
-    else:
-        answer = f"{answer} {second_op} {rest}"
-    return " ".join([*words, "<answer>", answer, "</answer>"])
+        return f"{rest} {second_op} {inner}"
+    return f"{inner} {second_op} {rest}"
