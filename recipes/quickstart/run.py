@@ -33,9 +33,9 @@ FULL = {
     "pool": ["--n-pool", "640", "--n-val", "200"],
     "score": ["--rollouts", "8"],
     "probes": 64,
-    # The method's own estimator first; if the probes find it uninformative here, the one they
-    # recommend: --fallback says which and why.
-    "triage": ["--fallback"],
+    # The method's own estimator first; if the probes do not confirm it, the one they recommend:
+    # --fallback says which and why. 0.25: what chance alone reaches once in 20 times on 64 probes.
+    "triage": ["--fallback", "--min-spearman", "0.25"],
     "train": [
         "--steps", "36", "--batch-size", "32", "--rollouts", "8", "--learning-rate", "3e-4",
         # Four updates of 8 prompts a step: a small model in few steps needs them.
