@@ -46,9 +46,9 @@ FULL = {
 # The end-to-end test: the same stages, real engines, a few minutes.
 SMALL = {
     "policy": ["--small"],
-    "pool": ["--n-pool", "64", "--n-val", "24"],
+    "pool": ["--n-pool", "96", "--n-val", "24"],
     "score": ["--rollouts", "8", "--part-size", "32"],
-    "probes": 20,
+    "probes": 32,
     # A model of half a minute gives no ranking worth the name; both routes must be trained on.
     "triage": ["--min-spearman", "1e-6", "--overflow", "self_train"],
     "train": [
