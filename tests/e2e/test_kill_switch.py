@@ -1,6 +1,6 @@
 """Off equals stock: with the kill switch our `main_ppo` is verl's, metric for metric.
 
-Rollouts are made reproducible first (a seed per request, one replica), and stock verl is shown to
+Rollouts are made reproducible first (greedy, one replica), and stock verl is shown to
 equal itself under those settings; otherwise an equality would prove nothing.
 """
 
@@ -68,7 +68,9 @@ def metrics(work: Path, name: str, module: str, **env: str) -> list[dict[str, An
         "actor_rollout_ref.actor.optim.lr=1e-4",
         "actor_rollout_ref.actor.use_kl_loss=False",
         "actor_rollout_ref.rollout.n=1",
-        "actor_rollout_ref.rollout.full_determinism=True",
+        # Greedy, while log-probabilities stay those of temperature 1; full_determinism asks for
+        # kernels that vLLM has for GPUs only.
+        "actor_rollout_ref.rollout.top_k=1",
         "actor_rollout_ref.rollout.enable_chunked_prefill=False",
         "actor_rollout_ref.rollout.calculate_log_probs=True",
         "reward.custom_reward_function.path=pkg://pivottrace_verl.training.reward",
