@@ -37,7 +37,7 @@ FULL = {
     # --fallback says which and why. 0.25: what chance alone reaches once in 20 times on 64 probes.
     "triage": ["--fallback", "--min-spearman", "0.25"],
     "train": [
-        "--steps", "44", "--batch-size", "32", "--rollouts", "8", "--learning-rate", "3e-4",
+        "--steps", "36", "--batch-size", "32", "--rollouts", "8", "--learning-rate", "3e-4",
         # Four updates of 8 prompts a step: a small model in few steps needs them.
         "actor_rollout_ref.actor.ppo_mini_batch_size=8",
     ],
@@ -207,7 +207,10 @@ def write_summary(run: Path, log: dict[str, Any]) -> None:
         "refused": triage.get("refused"),
         "estimators": triage["table"],
         "steps": done["steps"],
-        "validation": validation,
+        "validation": {
+            when: {name: value for name, value in found.items() if name != "made_from"}
+            for when, found in validation.items()
+        },
         "seconds": log["seconds"],
         "seconds_total": round(sum(log["seconds"].values()), 1),
         "peak_memory_gib": log["peak_memory_gib"],
