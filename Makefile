@@ -34,6 +34,9 @@ types: $(STAMP)
 imports: $(STAMP)
 	$(VENV)/bin/lint-imports
 
+# Threads that wait for one another while another process has the core cost more than they bring.
+unit e2e test-slow: export OMP_NUM_THREADS = 1
+
 unit: $(STAMP)
 	$(PY) -m pytest -m "not e2e and not slow"
 
