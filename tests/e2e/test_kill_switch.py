@@ -107,6 +107,13 @@ def metrics(work: Path, name: str, module: str, **env: str) -> list[dict[str, An
     ]
 
 
+def assert_same(found: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
+    """Equal up to the order of summation: verl names prompts by random ids, which order the rows."""
+    assert len(found) == len(wanted)
+    for a, b in zip(found, wanted, strict=True):
+        assert a == pytest.approx(b, rel=1e-5, abs=1e-7)
+
+
 @pytest.fixture(scope="module")
 def stock(work: Path) -> list[dict[str, Any]]:
     return metrics(work, "stock", "verl.trainer.main_ppo")
@@ -115,13 +122,13 @@ def stock(work: Path) -> list[dict[str, Any]]:
 def test_stock_verl_equals_itself_under_these_settings(
     work: Path, stock: list[dict[str, Any]]
 ) -> None:
-    assert len(stock) == 2 and stock[0]["actor/grad_norm"] > 0
-    assert metrics(work, "stock_again", "verl.trainer.main_ppo") == stock
+    assert len(stock) == 2 and any(step["actor/grad_norm"] > 0 for step in stock)
+    assert_same(metrics(work, "stock_again", "verl.trainer.main_ppo"), stock)
 
 
 def test_with_the_kill_switch_our_trainer_equals_stock_verl(
     work: Path, stock: list[dict[str, Any]]
 ) -> None:
     ours = metrics(work, "ours", "pivottrace_verl.training.main_ppo", PIVOTTRACE_DISABLE="1")
-    assert ours == stock
+    assert_same(ours, stock)
     assert not any(name.startswith("pivottrace/") for step in ours for name in step)
