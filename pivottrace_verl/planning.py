@@ -7,7 +7,6 @@ and the files.
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +68,7 @@ def evaluate_run(run: RunDir, when: str, *, samples: int, seed: int) -> tuple[di
             raise PivotTraceError(f"{run.path} is not trained yet: run `pivottrace train` first.")
         model = run.path / read_json(done)["checkpoint"]
     file = run.path / "validation.json"
-    kept: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    kept: dict[str, Any] = read_json(file) if file.exists() else {}
     # The model's place and the file's time tell one checkpoint from a later one at the same place.
     made_from = {
         "model": str(model.resolve()),

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from pivottrace_verl.errors import PivotTraceError
-from pivottrace_verl.files import write_bytes_atomic, write_json_atomic
+from pivottrace_verl.files import read_json, write_bytes_atomic, write_json_atomic
 from pivottrace_verl.plugin import cpu_platform_requested
 from pivottrace_verl.pool import RunDir
 from pivottrace_verl.training.data import write_training_files
@@ -128,7 +128,7 @@ def train(
     }
     started = folder / "started.json"
     if started.exists():
-        before = json.loads(started.read_text())
+        before = read_json(started)
         if before != asked:
             changed = ", ".join(
                 f"{name}: {before.get(name)!r} then, {asked[name]!r} now"
@@ -141,7 +141,7 @@ def train(
             )
     done = folder / "done.json"
     if done.exists():
-        return dict(json.loads(done.read_text()))
+        return dict(read_json(done))
     rows = write_training_files(run)
     if rows[0] < config.batch_size:
         raise PivotTraceError(
