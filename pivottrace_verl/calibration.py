@@ -9,14 +9,13 @@ Axes: N probes.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import isotonic_regression
-from scipy.stats import rankdata, spearmanr
 
 from pivottrace_verl.answers import AnswerKind, get_answers
 from pivottrace_verl.errors import PivotTraceError
@@ -187,75 +186,3 @@ def _crossing(u: Floats, falling: Floats, level: float) -> float | None:
         return 0.0
     share = (falling[i - 1] - level) / (falling[i - 1] - falling[i])
     return float(u[i - 1] + max(0.0, share) * (u[i] - u[i - 1]))
-
-
-def auroc(score: ArrayLike, positive: ArrayLike) -> float:
-    """Chance that a positive has the higher score, ties half; NaN if one class is empty."""
-    concordant, pairs = _concordance(np.asarray(score, float), np.asarray(positive, bool))
-    return concordant / pairs if pairs else math.nan
-
-
-def _concordance(score: Floats, positive: NDArray[np.bool_]) -> tuple[float, int]:
-    """(concordant pairs, pairs) of a positive and a negative."""
-    n = int(positive.sum())
-    pairs = n * (len(positive) - n)
-    return float(rankdata(score)[positive].sum()) - n * (n + 1) / 2, pairs
-
-
-def _within_terciles(score: Floats, positive: NDArray[np.bool_], length: Floats) -> float:
-    """AUROC over the pairs of similar length: both in one third of the lengths."""
-    thirds = np.array_split(np.argsort(length, kind="stable"), 3)
-    parts = [_concordance(score[third], positive[third]) for third in thirds if third.size]
-    pairs = sum(n for _, n in parts)
-    return sum(c for c, _ in parts) / pairs if pairs else math.nan
-
-
-def spearman(a: ArrayLike, b: ArrayLike) -> tuple[float, float]:
-    """(rho, p value); (NaN, NaN) if one side is constant or there are fewer than 3."""
-    x, y = np.asarray(a, float), np.asarray(b, float)
-    if len(x) < 3 or np.ptp(x) == 0 or np.ptp(y) == 0:
-        return math.nan, math.nan
-    found = spearmanr(x, y)
-    return float(found.statistic), float(found.pvalue)
-
-
-def estimator_table(scores: Any, probes: Iterable[Outcome]) -> list[dict[str, Any]]:
-    """One row an estimator, as the probes see it; numbers that do not exist are None.
-
-    estimator; n (probes with a value); auroc: of the raw score for "the majority answer is
-    wrong" (no majority counts as wrong), below 0.5 where the direction is `lower`;
-    auroc_within_length: the same among prompts of one length tercile; spearman with the pass
-    rate and its p_value; direction: `higher` if higher scores are the uncertain ones, `lower`
-    if the probes say the opposite, None if undefined. In order of |spearman|, descending.
-    """
-    known = {outcome.pt_id: outcome for outcome in probes}
-    rows = [row for row in rows_of(scores) if row["pt_id"] in known]
-    names = [name.removeprefix(PREFIX) for name in (rows[0] if rows else {}) if PREFIX in name]
-    table = []
-    for name in names:
-        kept = [row for row in rows if not math.isnan(_value(row, name))]
-        raw = np.array([_value(row, name) for row in kept])
-        wrong = np.array([not known[row["pt_id"]].majority_right for row in kept], dtype=bool)
-        length = np.array([row["length_mean"] for row in kept], dtype=np.float64)
-        rho, p_value = spearman(raw, [known[row["pt_id"]].pass_rate for row in kept])
-        table.append(
-            {
-                "estimator": name,
-                "n": len(kept),
-                "auroc": _or_none(auroc(raw, wrong)),
-                "auroc_within_length": _or_none(_within_terciles(raw, wrong, length)),
-                "spearman": _or_none(rho),
-                "p_value": _or_none(p_value),
-                "direction": None if math.isnan(rho) else ("higher" if rho <= 0 else "lower"),
-            }
-        )
-    return sorted(table, key=lambda row: (-abs(row["spearman"] or 0.0), row["estimator"]))
-
-
-def _value(row: Mapping[str, Any], estimator: str) -> float:
-    value = row[PREFIX + estimator]
-    return math.nan if value is None else float(value)
-
-
-def _or_none(value: float) -> float | None:
-    return None if math.isnan(value) else value

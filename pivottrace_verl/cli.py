@@ -161,6 +161,9 @@ def triage(
     budget: Annotated[
         int | None, typer.Option(min=0, help="Labels in all, probes included.")
     ] = None,
+    priority: Annotated[
+        str, typer.Option(help="What a binding budget buys first: uncertain or threshold.")
+    ] = "uncertain",
     overflow: Annotated[
         str, typer.Option(help="Uncertain prompts beyond the budget: drop or self_train.")
     ] = "drop",
@@ -184,6 +187,7 @@ def triage(
     config = TriageConfig(
         estimator=estimator,
         budget=budget,
+        priority=priority,
         overflow=overflow,
         mastered=mastered,
         trusted=trusted,

@@ -43,6 +43,9 @@ class TriageConfig:
     """Least rank correlation, of uncertainty with failure, that is not refused."""
     budget: int | None = None
     """Labels in total, probes included; None: as many as the thresholds ask for."""
+    priority: str = "uncertain"
+    """Which prompts a binding budget buys first: the most `uncertain`, as the paper ranks, or those
+    nearest the `threshold` of trusted votes, which a weak policy still solves now and then."""
     overflow: str = "drop"
     """Route of the prompts to annotate that the budget leaves out: `drop` or `self_train`."""
 
@@ -54,6 +57,10 @@ class TriageConfig:
         if self.direction not in (AUTO, "higher", "lower"):
             raise PivotTraceError(
                 f"The triage's direction is '{self.direction}', but must be auto, higher or lower."
+            )
+        if self.priority not in ("uncertain", "threshold"):
+            raise PivotTraceError(
+                f"The triage's priority is '{self.priority}', but must be uncertain or threshold."
             )
         if self.overflow not in ("drop", "self_train"):
             raise PivotTraceError(

@@ -16,23 +16,18 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
-import numpy as np
-
 from pivottrace_verl.calibration import (
-    PREFIX,
     Curve,
     Outcome,
     calibrate,
     choose_probes,
     default_probes,
-    estimator_table,
     outcomes,
     rank01,
     rows_of,
 )
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.plan import (
-    AUTO,
     LABELLED,
     MASTERED,
     MASTERED_LABELLED,
@@ -43,6 +38,7 @@ from pivottrace_verl.plan import (
     Plan,
     TriageConfig,
 )
+from pivottrace_verl.ranking import Uninformative, estimator_table, rank_pool, uncertainty
 
 __all__ = [
     "Curve",
@@ -63,38 +59,6 @@ __all__ = [
 FEWEST_PROBES = 8
 
 
-class Uninformative(PivotTraceError):
-    """The ranking says nothing about where the policy fails."""
-
-    def __init__(self, message: str, best: str | None, table: list[dict[str, Any]]) -> None:
-        super().__init__(message)
-        self.best = best
-        """The estimator that would serve; None if none does."""
-        self.table = table
-        """`estimator_table` of the probes."""
-
-
-def uncertainty(scores: Any, estimator: str, direction: str = "higher") -> dict[str, float]:
-    """pt_id -> rank in [0, 1] by one estimator. PivotTraceError if the scores do not have it."""
-    rows = _columns(scores, estimator)
-    sign = 1.0 if direction == "higher" else -1.0
-    values = [
-        math.nan if v is None else sign * v for v in (row[PREFIX + estimator] for row in rows)
-    ]
-    ids = [row["pt_id"] for row in rows]
-    return dict(zip(ids, rank01(values, ids).tolist(), strict=True))
-
-
-def _columns(scores: Any, estimator: str) -> Sequence[Any]:
-    rows = rows_of(scores)
-    names = [n.removeprefix(PREFIX) for n in (rows[0] if rows else {}) if n.startswith(PREFIX)]
-    if estimator not in names:
-        raise PivotTraceError(
-            f"The scores have no estimator '{estimator}', only {', '.join(names) or 'none'}."
-        )
-    return rows
-
-
 def triage(
     scores: Any, probes: Sequence[Outcome], labelled: Collection[str], cfg: TriageConfig
 ) -> Plan:
@@ -111,10 +75,10 @@ def triage(
             f"Only {len(probes)} probes are labelled, but at least {FEWEST_PROBES} are needed to "
             "calibrate a ranking."
         )
-    table = estimator_table(rows, probes)
-    estimator, direction, rho = _choose(table, probes, cfg)
-    u = uncertainty(rows, estimator, direction)
-    known = {row["pt_id"] for row in rows if not _unknown(row[PREFIX + estimator])}
+    ranking = rank_pool(rows, probes, cfg)
+    ids = [row["pt_id"] for row in rows]
+    u = dict(zip(ids, rank01(ranking.values, ids).tolist(), strict=True))
+    known = {i for i, value in zip(ids, ranking.values, strict=True) if not math.isnan(value)}
     seen = [outcome for outcome in probes if outcome.pt_id in known]
     curve = calibrate(
         [u[outcome.pt_id] for outcome in seen],
@@ -125,16 +89,18 @@ def triage(
         window=cfg.window,
     )
     owned = set(labelled) & set(u)
-    ranking = sorted(u, key=lambda pt_id: (-u[pt_id], pt_id))
-    left = math.inf if cfg.budget is None else max(0, cfg.budget - len(owned))
+    order = sorted(u, key=lambda pt_id: (-u[pt_id], pt_id))
+    routes = {i: _route(u[i], curve, i in owned, i in known) for i in order}
+    wanted = [i for i in order if routes[i][1] in (NOT_TRUSTED, UNKNOWN)]
+    afforded = len(wanted) if cfg.budget is None else max(0, cfg.budget - len(owned))
+    # `wanted` runs from the most uncertain prompt down to the threshold.
+    if cfg.priority == "threshold":
+        wanted.reverse()
+    for pt_id in wanted[afforded:]:
+        routes[pt_id] = cfg.overflow, OVER_BUDGET
     routed: dict[str, dict[str, Any]] = {}
-    for rank, pt_id in enumerate(ranking, start=1):
-        route, reason = _route(u[pt_id], curve, pt_id in owned, pt_id in known)
-        if reason in (NOT_TRUSTED, UNKNOWN):
-            if left > 0:
-                left -= 1
-            else:
-                route, reason = cfg.overflow, OVER_BUDGET
+    for rank, pt_id in enumerate(order, start=1):
+        route, reason = routes[pt_id]
         routed[pt_id] = {
             "pt_id": pt_id,
             "route": route,
@@ -145,11 +111,11 @@ def triage(
     reasons = Counter(row["reason"] for row in routed.values())
     return Plan(
         rows=[routed[row["pt_id"]] for row in rows],
-        estimator=estimator,
-        direction=direction,
-        spearman=rho,
+        estimator=ranking.estimator,
+        direction=ranking.direction,
+        spearman=ranking.spearman,
         curve=curve,
-        table=table,
+        table=ranking.table,
         labels={
             "budget": cfg.budget,
             "bought": len(owned),
@@ -171,59 +137,3 @@ def _route(u: float, curve: Curve, owned: bool, known: bool) -> tuple[str, str]:
     if not known:
         return "annotate", UNKNOWN
     return ("annotate", NOT_TRUSTED) if mistrusted else ("self_train", TRUSTED)
-
-
-def _unknown(value: float | None) -> bool:
-    return value is None or bool(np.isnan(value))
-
-
-def _choose(
-    table: list[dict[str, Any]], probes: Sequence[Outcome], cfg: TriageConfig
-) -> tuple[str, str, float]:
-    """(estimator, direction, its Spearman in that direction), or Uninformative."""
-    rates = {outcome.pass_rate for outcome in probes}
-    if len(rates) == 1:
-        raise Uninformative(
-            f"All {len(probes)} probes have the same pass rate, {rates.pop():.2f}, so no ranking "
-            "can be calibrated on them.",
-            None,
-            table,
-        )
-    # Random may follow 64 probes by chance; it serves nobody.
-    serving = [
-        row
-        for row in table
-        if row["estimator"] != "random" and abs(row["spearman"] or 0.0) >= cfg.min_spearman
-    ]
-    best = serving[0] if serving else None
-    advice = "no estimator in the scores does better."
-    if best is not None:
-        advice = (
-            f"use '{best['estimator']}' (Spearman {best['spearman']:+.2f}, direction "
-            f"{best['direction']}) instead."
-        )
-    name = cfg.estimator
-    if name == AUTO:
-        if best is None:
-            raise Uninformative(
-                f"No estimator follows the pass rates of the {len(probes)} probes: all Spearman "
-                f"correlations are below {cfg.min_spearman:.2f} in size.",
-                None,
-                table,
-            )
-        name = best["estimator"]
-    row = next((row for row in table if row["estimator"] == name), None)
-    if row is None:
-        names = ", ".join(row["estimator"] for row in table)
-        raise PivotTraceError(f"The scores have no estimator '{name}', only {names}.")
-    direction = cfg.direction if cfg.direction != AUTO else (row["direction"] or "higher")
-    rho = (row["spearman"] or 0.0) * (1.0 if direction == "higher" else -1.0)
-    if rho > -cfg.min_spearman:
-        raise Uninformative(
-            f"The estimator '{name}' (direction {direction}) does not tell where the policy fails: "
-            f"its Spearman correlation with the pass rate of the {len(probes)} probes is "
-            f"{rho:+.2f}, but must be at most {-cfg.min_spearman:.2f}; {advice}",
-            None if best is None else best["estimator"],
-            table,
-        )
-    return name, direction, rho

@@ -11,9 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-from pivottrace_verl.calibration import Outcome, calibrate, estimator_table, outcomes
+from pivottrace_verl.calibration import Outcome, calibrate, outcomes
 from pivottrace_verl.pool import RunDir
-from pivottrace_verl.triage import TriageConfig, Uninformative, triage, uncertainty
+from pivottrace_verl.ranking import Uninformative, estimator_table, uncertainty
+from pivottrace_verl.triage import TriageConfig, triage
 
 FEWEST = 8
 """Labelled probes below which no curve is drawn."""

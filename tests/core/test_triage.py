@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pivottrace_verl.calibration import auroc
 from pivottrace_verl.errors import PivotTraceError
+from pivottrace_verl.ranking import auroc
 from pivottrace_verl.triage import (
     Outcome,
     TriageConfig,
@@ -333,6 +333,23 @@ def test_labels_bought_as_probes_count_against_the_budget_and_are_used(score_row
     assert {route_of(kept)[r["pt_id"]] for r in left_out} == {"self_train"}
 
 
+def test_priority_threshold_buys_the_prompts_nearest_the_threshold(score_row):
+    rows, truth = make_pool(score_row)
+    probes = make_probes(rows, truth)
+    cfg = replace(CFG, budget=60)
+    top, near = (
+        triage(rows, probes, [], replace(cfg, priority=p)) for p in ("uncertain", "threshold")
+    )
+
+    def bought(plan):
+        return sorted(r["uncertainty"] for r in plan.rows if r["reason"] == "votes not trusted")
+
+    assert len(bought(top)) == len(bought(near)) == 60
+    assert bought(top)[-1] == 1.0
+    assert bought(near)[0] == min(u for u in bought(triage(rows, probes, [], CFG)))
+    assert bought(near)[-1] < bought(top)[-1]
+
+
 def test_a_budget_already_spent_buys_nothing_more(score_row):
     rows, truth = make_pool(score_row)
     probes = make_probes(rows, truth)
@@ -436,6 +453,7 @@ def test_too_few_probes_and_unknown_estimators_are_refused(score_row):
         {"direction": "up"},
         {"overflow": "keep"},
         {"budget": -1},
+        {"priority": "loudest"},
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(bad):
