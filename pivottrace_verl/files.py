@@ -99,6 +99,14 @@ def read_json(path: Path) -> Any:
         raise PivotTraceError(f"{path} is not a JSON file: {json_reason(error)}.") from error
 
 
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds one object; PivotTraceError if it does not."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise PivotTraceError(f"{path} does not hold one JSON object.")
+    return content
+
+
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     """A Parquet file, only `columns` of it; PivotTraceError if missing or unreadable."""
     try:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.evaluation import evaluate
-from pivottrace_verl.files import read_json, write_json_atomic
+from pivottrace_verl.files import read_object, write_json_atomic
 from pivottrace_verl.pool import RunDir
 from pivottrace_verl.triage import Plan, TriageConfig, Uninformative, outcomes, triage
 
@@ -72,9 +72,9 @@ def evaluate_run(run: RunDir, when: str, *, samples: int, seed: int) -> tuple[di
         done = run.path / "train" / "done.json"
         if not done.exists():
             raise PivotTraceError(f"{run.path} is not trained yet: run `pivottrace train` first.")
-        model = run.path / read_json(done)["checkpoint"]
+        model = run.path / read_object(done)["checkpoint"]
     file = run.path / "validation.json"
-    kept: dict[str, Any] = read_json(file) if file.exists() else {}
+    kept = read_object(file) if file.exists() else {}
     # The model's place and the file's time tell one checkpoint from a later one at the same place.
     made_from = {
         "model": str(model.resolve()),

@@ -143,6 +143,12 @@ class RunDir(RunFiles):
                     f"{run.path / 'manifest.json'} has no {what} with {', '.join(sorted(keys))}: "
                     "it was changed, or made by another program."
                 )
+        for what in ("detector", "settings", "timings"):
+            if not isinstance(manifest.get(what, {}), dict):
+                raise PivotTraceError(
+                    f"{run.path / 'manifest.json'} has a {what} that is no object: it was changed, "
+                    "or made by another program."
+                )
         return run
 
     def model_path(self) -> Path:

@@ -18,7 +18,7 @@ from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.files import (
     file_fingerprint,
     fingerprint,
-    read_json,
+    read_object,
     read_table,
     write_json_atomic,
     write_table_atomic,
@@ -38,10 +38,7 @@ class RunFiles:
     @property
     def manifest(self) -> dict[str, Any]:
         """manifest.json, read anew each time."""
-        manifest = read_json(self.path / "manifest.json")
-        if not isinstance(manifest, dict):
-            raise PivotTraceError(f"{self.path / 'manifest.json'} is not a run's manifest.")
-        return manifest
+        return read_object(self.path / "manifest.json")
 
     def update_manifest(self, **sections: Any) -> None:
         """Write sections; a dict is merged into the section's entries, anything else replaces."""
@@ -133,8 +130,8 @@ class RunFiles:
 
     def probes(self) -> dict[str, Any]:
         """probes.json; PivotTraceError if the scores have changed since."""
-        probes: dict[str, Any] = read_json(self._need("probes.json", "probes"))
-        if not isinstance(probes, dict) or not {"fingerprint_of_scores", "pt_ids"} <= set(probes):
+        probes = read_object(self._need("probes.json", "probes"))
+        if not {"fingerprint_of_scores", "pt_ids"} <= set(probes):
             raise PivotTraceError(
                 f"probes.json in {self.path} holds no fingerprint_of_scores and pt_ids: draw the "
                 "probes again."
@@ -163,7 +160,9 @@ class RunFiles:
 
     def triage(self) -> dict[str, Any]:
         """triage.json."""
-        info: dict[str, Any] = read_json(self._need("triage.json", "plan"))
+        info = read_object(self._need("triage.json", "plan"))
+        if not isinstance(info.get("curve"), dict):
+            raise PivotTraceError(f"triage.json in {self.path} has no curve: triage again.")
         return info
 
     # Files

@@ -98,10 +98,10 @@ def _check_settings(run: RunDir, settings: dict[str, Any]) -> None:
     before = run.manifest.get("settings", {}).get("score")
     if before is not None and before != settings and run.finished_parts():
         changed = sorted(
-            f"{group}.{name}: {before[group].get(name)!r} on disk, {value!r} asked for"
+            f"{group}.{name}: {before.get(group, {}).get(name)!r} on disk, {value!r} asked for"
             for group, values in settings.items()
             for name, value in values.items()
-            if before[group].get(name) != value
+            if before.get(group, {}).get(name) != value
         )
         raise PivotTraceError(
             f"the scores in {run.path} were made with other settings ({'; '.join(changed)}): "

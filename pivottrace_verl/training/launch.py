@@ -22,7 +22,7 @@ from typing import Any
 
 from pivottrace_verl.curriculum import ORDERS
 from pivottrace_verl.errors import PivotTraceError
-from pivottrace_verl.files import read_json, write_bytes_atomic, write_json_atomic
+from pivottrace_verl.files import read_object, write_bytes_atomic, write_json_atomic
 from pivottrace_verl.plugin import cpu_platform_requested
 from pivottrace_verl.pool import RunDir
 from pivottrace_verl.training.data import train_rows, write_training_files
@@ -132,7 +132,7 @@ def train(
     }
     started = folder / "started.json"
     if started.exists():
-        before = read_json(started)
+        before = read_object(started)
         if before != asked:
             changed = ", ".join(
                 f"{name}: {before.get(name)!r} then, {asked[name]!r} now"
@@ -145,7 +145,7 @@ def train(
             )
     done = folder / "done.json"
     if done.exists():
-        return dict(read_json(done))
+        return read_object(done)
     run.model_path()
     left = len(train_rows(run))
     if left < config.batch_size:

@@ -36,16 +36,22 @@ class Forks:
         words: list[str],
         *,
         die_at: int | None = None,
+        die_of: int = signal.SIGKILL,
         largest_file: int | None = None,
         powerless: bool = False,
     ) -> Any:
         """(exit status, stdout, stderr, steps); a signal is a negative status.
 
-        `die_at`: SIGKILL at that step, a step being the moment before a file is synced, renamed or
-        appended to, or a folder made. `largest_file`: bytes a file may have, as on a full disk.
-        `powerless`: without the right to pass over permissions that root has.
+        `die_at`: the signal `die_of` at that step, a step being the moment before a file is synced,
+        renamed or appended to, or a folder made, and the end. `largest_file`: bytes a file may
+        have, as on a full disk. `powerless`: without the right to pass over permissions that root
+        has.
         """
-        job: dict[str, Any] = {"words": words, "die_at": die_at, "largest_file": largest_file}
+        job: dict[str, Any] = {
+            "words": words,
+            "die_at": (die_at, die_of),
+            "largest_file": largest_file,
+        }
         job["powerless"] = powerless
         assert self._program.stdin and self._program.stdout
         self._program.stdin.write(json.dumps(job) + "\n")
@@ -94,10 +100,11 @@ def _child(job: dict[str, Any], main: Callable[[], Any], steps: int) -> None:
     if job["powerless"]:
         # Version 3 of the header, this process; no capability of any sort.
         ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
-    _count(steps, job["die_at"])
+    step = _count(steps, *job["die_at"])
     status = 1
     try:
         main()
+        step()
         status = 0
     except SystemExit as stop:
         status = int(stop.code or 0)
@@ -111,17 +118,20 @@ def _child(job: dict[str, Any], main: Callable[[], Any], steps: int) -> None:
         os._exit(status)
 
 
-def _count(steps: int, die_at: int | None) -> None:
+def _count(steps: int, die_at: int | None, die_of: int) -> Callable[..., None]:
     """Write a byte to `steps` before each call that changes what a later process will see, and at
-    the end; die at one. What a dead process wrote stays in the page cache, so nothing is synced."""
+    each call of what is returned; die at one.
+
+    What a dead process wrote stays in the page cache, so nothing is synced.
+    """
     done = 0
     real = os.write
 
     def step(_event: object = None) -> None:
         nonlocal done
-        if done == die_at:
-            os.kill(os.getpid(), signal.SIGKILL)
         done += 1
+        if done - 1 == die_at:
+            os.kill(os.getpid(), die_of)
         real(steps, b".")
 
     def counted(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -134,6 +144,7 @@ def _count(steps: int, die_at: int | None) -> None:
     for name in ("write", "replace", "mkdir"):
         setattr(os, name, counted(getattr(os, name)))
     os.fsync = step
+    return step
 
 
 if __name__ == "__main__":

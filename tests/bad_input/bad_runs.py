@@ -5,11 +5,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from bad_pools import not_text
+from bad_pools import PICKLE, not_text
 from bad_world import CHAT, Case, jsonl, score_row
+from safetensors.numpy import save
 
+from pivottrace_verl.pivots import FEATURES
 from pivottrace_verl.pool import RunDir
 
 
@@ -86,6 +89,22 @@ def another_model(w: Path) -> None:
     (w / "model" / "model.safetensors").write_bytes(b"trained further")
 
 
+def traces(beside: Any, tensors: bytes | None = None) -> Callable[[Path], object]:
+    """Kept traces: the JSON of their tokens, and the tensors, of one token unless given."""
+
+    def arrange(w: Path) -> None:
+        pt_id = RunDir.open(w / "run").pool()[0].pt_id
+        (w / "run" / "traces").mkdir()
+        part = w / "run" / "traces" / "part-00000"
+        text = beside if isinstance(beside, str) else json.dumps(beside)
+        part.with_suffix(".json").write_text(text.replace("<a>", pt_id))
+        whole = save({f"{pt_id}/0": np.zeros((1, 1, 1, len(FEATURES)), np.float32)})
+        part.with_suffix(".safetensors").write_bytes(whole if tensors is None else tensors)
+
+    return arrange
+
+
+TOKENS = {"<a>/0": {"tokens": ["a"], "seed": 1, "answer": "1"}}
 SCORE = "score {w}/run --part-size 16"
 
 MANIFESTS = [
@@ -101,7 +120,7 @@ MANIFESTS = [
          replaced("manifest.json", bytes(range(256)))),
     Case("manifest nested too deep", "report {w}/run", r"manifest\.json is not .*JSON",
          replaced("manifest.json", b"[" * 100_000)),
-    Case("manifest a list", "probe {w}/run", r"manifest\.json is not a run's manifest",
+    Case("manifest a list", "probe {w}/run", r"manifest\.json does not hold one JSON object",
          replaced("manifest.json", b"[]")),
     Case("manifest of a later format", "probe {w}/run", "has format 7, .* reads format 1",
          edited("manifest.json", lambda m: {**m, "format": 7})),
@@ -174,7 +193,7 @@ CHANGED = [
          r"plan\.parquet in .* scores \w{16}, but the run now has scores \w{16}", scores_again),
     Case("report of other scores", "report {w}/run", r"scores \w{16}", scores_again),
     Case("probes torn", "triage {w}/run", r"probes\.json is not .*JSON", torn("probes.json")),
-    Case("probes a list", "triage {w}/run", r"probes\.json in .*probes", replaced("probes.json",
+    Case("probes a list", "triage {w}/run", "probes.json does not hold", replaced("probes.json",
          b"[]")),
     Case("probes without ids", "triage {w}/run", r"probes\.json .*pt_ids",
          edited("probes.json", lambda p: {k: v for k, v in p.items() if k != "pt_ids"})),
@@ -194,6 +213,34 @@ CHANGED = [
          torn("val.parquet")),
     Case("evaluation torn", "report {w}/run", r"validation\.json is not .*JSON",
          replaced("validation.json", b'{"bef')),
+    Case("evaluation a list", "report {w}/run", "validation.json does not hold",
+         replaced("validation.json", b"[]")),
+    Case("evaluation of words", "report {w}/run", r"validation\.json .*mean",
+         replaced("validation.json", b'{"before": {"mean": "x"}, "after": {"mean": 1}}')),
+    Case("summary a list", "report {w}/run", "summary.json does not hold",
+         replaced("summary.json", b"[]")),
+    Case("triage.json a list", "report {w}/run", "triage.json does not hold",
+         replaced("triage.json", b"[]")),
+    Case("triage.json without a curve", "report {w}/run", r"triage\.json .*curve",
+         replaced("triage.json", b"{}")),
+    Case("detector of another version", "report {w}/run", r"detector.*magic",
+         edited("manifest.json", lambda m: {**m, "detector": {"magic": 1}})),
+    Case("detector a list", "report {w}/run", "detector",
+         edited("manifest.json", lambda m: {**m, "detector": [1]})),
+    Case("settings of another version", SCORE, "settings",
+         edited("manifest.json", lambda m: {**m, "settings": {"score": {"rollouts": 8}}})),
+    Case("traces, JSON torn", "report {w}/run", r"part-00000\.json .*JSON", traces('{"<a>')),
+    Case("traces, JSON a list", "report {w}/run", r"part-00000\.json", traces([1])),
+    Case("traces, names of others", "report {w}/run", r"part-00000\.json .*'x/y'",
+         traces({"x/y": 1})),
+    Case("traces without tokens", "report {w}/run", r"part-00000\.json .*tokens",
+         traces({"<a>/0": {}})),
+    Case("traces, tensors torn", "report {w}/run", r"part-00000\.safetensors",
+         traces(TOKENS, b"\x09")),
+    Case("traces, tensors a pickle", "report {w}/run", r"part-00000\.safetensors",
+         traces(TOKENS, PICKLE)),
+    Case("traces, lengths differ", "report {w}/run", "1 rows, but its JSON has 2 tokens",
+         traces({"<a>/0": {"tokens": ["a", "b"]}})),
     Case("labels bought are missing", "train {w}/run", "prompts on route annotate have no label"),
     Case("no evaluation of a model not trained", "evaluate {w}/run after", "is not trained yet"),
     Case("evaluation at another time", "evaluate {w}/run during", "`before` or `after`"),

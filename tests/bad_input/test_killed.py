@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from bad_forks import Forks
-from bad_world import INIT, good, ids, snapshot, words, write_scores
+from bad_world import INIT, check_sentence, good, ids, snapshot, words, write_scores
 
 from pivottrace_verl.pool import RunDir
 
@@ -101,6 +101,24 @@ def test_a_verb_killed_at_any_write_can_be_run_again_and_ends_the_same(
         status, _, err, _ = forks.run(words(command, world))
         assert status == 0 and not err, (step, err)
         assert timeless(snapshot(world)) == after, step
+
+
+@pytest.mark.parametrize("verb", ["init", "import", "triage, another plan before", "export"])
+def test_a_verb_interrupted_at_any_write_says_so_and_leaves_nothing_half_written(
+    verb: str, new_world: Callable[[str], Path], forks: Forks
+) -> None:
+    command, arrange = VERBS[verb]
+    for step in range(20):
+        arrange(world := new_world(f"w{step}"))
+        status, _, err, _ = forks.run(words(command, world), die_at=step, die_of=signal.SIGINT)
+        assert not list(world.rglob("*.tmp"))
+        for name, (_, content) in snapshot(world).items():
+            if content is not None:
+                check_readable(name, content)
+        if status == 0:
+            break
+        assert status == 130 and check_sentence(err).startswith("interrupted; "), err
+    assert step > 1
 
 
 def test_labels_of_a_batch_that_was_cut_in_two_are_bought_by_the_same_import(

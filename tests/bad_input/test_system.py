@@ -129,21 +129,22 @@ def test_a_directory_that_is_being_made_is_refused(world: Path, forks: Forks) ->
     assert [path.name for path in (world / "new").iterdir()] == [".lock"]
 
 
-def test_of_two_imports_at_once_none_buys_twice(world: Path) -> None:
+def test_of_two_imports_at_once_none_buys_twice(world: Path, forks: Forks) -> None:
     """Two real processes, started together: each label is in the ledger once."""
     command = words("annotate import {w}/run {w}/labels.csv", world)
     ran: list[tuple[int, str, str]] = []
 
-    def run() -> None:
-        with Forks() as own:
-            status, out, err, _ = own.run(command)
+    def run(program: Forks) -> None:
+        status, out, err, _ = program.run(command)
         ran.append((status, out, err))
 
-    threads = [threading.Thread(target=run) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with Forks() as other:
+        other.run(["--help"])
+        threads = [threading.Thread(target=run, args=[program]) for program in (forks, other)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     for status, _, err in ran:
         assert status == 0 or "is working on" in check_sentence(err)
     assert 0 in [status for status, _, _ in ran]
