@@ -71,7 +71,7 @@ def _alive(pid: int) -> bool:
     except ProcessLookupError:
         return False
     except (PermissionError, OverflowError):
-        return True
+        pass
     return True
 
 
@@ -79,7 +79,8 @@ def write_json_atomic(path: Path, content: Any) -> None:
     """JSON, keys sorted, one trailing newline. NaN and infinity raise ValueError: a reader of
     another language could not take them."""
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    write_bytes_atomic(path, (text + "\n").encode())
+    # A path that is not UTF-8 holds lone surrogates: their escape is JSON's own.
+    write_bytes_atomic(path, (text + "\n").encode(errors="backslashreplace"))
 
 
 def write_table_atomic(path: Path, table: pa.Table) -> None:

@@ -130,7 +130,7 @@ class Ledger:
         lines = "".join(
             json.dumps({f: entry[f] for f in FIELDS}, ensure_ascii=False, allow_nan=False) + "\n"
             for entry in batch
-        ).encode()
+        ).encode(errors="backslashreplace")  # Of a path that is not UTF-8: JSON's own escape.
         try:
             self._write(batch, lines)
         except OSError as error:
@@ -152,6 +152,8 @@ class Ledger:
                     f"A label's purpose is '{entry['purpose']}', but must be one of "
                     f"{', '.join(PURPOSES)}."
                 )
+            if fault := _fault(entry):
+                raise PivotTraceError(f"A ledger entry cannot be added: {fault}.")
             if entry["pt_id"] in known:
                 raise PivotTraceError(
                     f"Prompt {entry['pt_id']} has the label '{known[entry['pt_id']]}' already; "

@@ -248,7 +248,7 @@ def _rows_of_jsonl(path: Path, columns: list[str]) -> Iterator[Mapping[str, Any]
             if not line.strip():
                 continue
             try:
-                # A byte order mark is white space to nobody but those who write it.
+                # Some editors put a byte order mark in front of a file.
                 row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             except UnicodeDecodeError as error:
                 raise PivotTraceError(

@@ -148,9 +148,9 @@ class RunFiles:
         """plan.parquet (columns of `PLAN_SCHEMA`) and triage.json, each naming the scores."""
         made_from = {"scores": self.stage_fingerprint("scores")}
         probes = fingerprint(sorted(self.ledger().labels("probe").items()))
-        info = {**info, "made_from": {**made_from, "probe_labels": probes}}
-        write_json_atomic(self.path / "triage.json", info)
         self._write_table("plan.parquet", rows, PLAN_SCHEMA, made_from)
+        made_from |= {"probe_labels": probes, "plan": self.stage_fingerprint("plan")}
+        write_json_atomic(self.path / "triage.json", {**info, "made_from": made_from})
 
     def plan(self) -> pa.Table:
         """One row a prompt, in the pool's order; PivotTraceError if the scores have changed."""
@@ -159,10 +159,15 @@ class RunFiles:
         return self._read_table("plan.parquet", made_from, PLAN_SCHEMA)
 
     def triage(self) -> dict[str, Any]:
-        """triage.json."""
+        """triage.json; PivotTraceError if it tells of another plan than plan.parquet, as a killed
+        triage leaves it."""
         info = read_object(self._need("triage.json", "plan"))
-        if not isinstance(info.get("curve"), dict):
-            raise PivotTraceError(f"triage.json in {self.path} has no curve: triage again.")
+        told, now = info.get("made_from", {}).get("plan"), self.stage_fingerprint("plan")
+        if told not in (None, now):
+            raise PivotTraceError(
+                f"triage.json in {self.path} tells of the plan {told}, but plan.parquet is {now}: "
+                "triage again."
+            )
         return info
 
     # Files

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -119,6 +120,26 @@ def test_a_verb_interrupted_at_any_write_says_so_and_leaves_nothing_half_written
             break
         assert status == 130 and check_sentence(err).startswith("interrupted; "), err
     assert step > 1
+
+
+def test_a_plan_and_what_is_told_of_it_are_never_taken_from_two_triages(
+    new_world: Callable[[str], Path], forks: Forks
+) -> None:
+    """Killed between its two files, a triage is reported as one to be made again."""
+    refused = 0
+    for step in range(20):
+        world = new_world(f"w{step}")
+        killed, *_ = forks.run(words("triage {w}/run --budget 25", world), die_at=step)
+        status, _, err, _ = forks.run(words("report {w}/run", world))
+        if status == 0:
+            run = RunDir.open(world / "run")
+            assert run.triage()["routes"] == Counter(run.plan()["route"].to_pylist())
+        else:
+            assert re.search(r"triage\.json .* tells of the plan", check_sentence(err))
+            refused += 1
+        if killed == 0:
+            break
+    assert refused
 
 
 def test_labels_of_a_batch_that_was_cut_in_two_are_bought_by_the_same_import(

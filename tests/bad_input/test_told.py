@@ -1,12 +1,15 @@
 """Odd input that is taken, and said to be."""
 
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from bad_world import CHAT, INIT, N, call, good, ids, jsonl, snapshot
 
+from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.pool import RunDir
 from pivottrace_verl.prompts import read_pool
 
@@ -52,6 +55,34 @@ def test_huge_ids_and_other_scripts_are_only_text(world: Path) -> None:
     good(INIT % "odd.jsonl", world)
     (prompt,) = RunDir.open(world / "new").pool()
     assert len(prompt.pt_id) == 16 and len(prompt.data_source) == 1_000_000
+
+
+def test_paths_that_are_not_utf8_are_paths_like_others(world: Path) -> None:
+    """Every system call takes them; only text files have to spell them in another way."""
+    odd = os.fsdecode(b"odd\xff.")
+    (world / "pool.jsonl").rename(world / f"{odd}jsonl")
+    (world / "labels.csv").rename(world / f"{odd}csv")
+    good(INIT % f"{odd}jsonl", world)
+    assert RunDir.open(world / "new").manifest["pool"]["source"].endswith(f"{odd}jsonl")
+    good(f"annotate import {{w}}/run {{w}}/{odd}csv", world)
+    assert RunDir.open(world / "run").ledger().entries()[-1]["source_file"].endswith(f"{odd}csv")
+    good("triage {w}/run --budget 30", world)
+    good("report {w}/run", world)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("cost", -1.0), ("cost", float("nan")), ("label", 7), ("annotator", None), ("purpose", "x")],
+)
+def test_what_a_ledger_would_not_read_back_is_not_added(
+    field: str, value: object, world: Path
+) -> None:
+    run = RunDir.open(world / "run")
+    entry = {**run.ledger().entries()[0], "pt_id": "new", field: value}
+    before = snapshot(world)
+    with pytest.raises(PivotTraceError, match=f"{field} is"):
+        run.ledger().append([entry])
+    assert snapshot(world) == before
 
 
 def test_a_torn_ledger_line_is_told_once_and_left_in_place(world: Path) -> None:
