@@ -5,6 +5,7 @@ itself for every command, so each runs `main` in a real process with real stream
 limited, or run as another user. The parent of the forks does nothing else, so no thread is lost.
 """
 
+import builtins
 import contextlib
 import ctypes
 import json
@@ -43,7 +44,8 @@ class Forks:
         """(exit status, stdout, stderr, steps); a signal is a negative status.
 
         `die_at`: the signal `die_of` at that step, a step being the moment before a file is synced,
-        renamed or appended to, or a folder made, and the end. `largest_file`: bytes a file may
+        renamed or appended to, or a folder made, after one is opened to be written, and the end.
+        `largest_file`: bytes a file may
         have, as on a full disk. `powerless`: without the right to pass over permissions that root
         has.
         """
@@ -119,8 +121,8 @@ def _child(job: dict[str, Any], main: Callable[[], Any], steps: int) -> None:
 
 
 def _count(steps: int, die_at: int | None, die_of: int) -> Callable[..., None]:
-    """Write a byte to `steps` before each call that changes what a later process will see, and at
-    each call of what is returned; die at one.
+    """Write a byte to `steps` at each call that changes what a later process will see, and at each
+    call of what is returned; die at one.
 
     What a dead process wrote stays in the page cache, so nothing is synced.
     """
@@ -144,6 +146,15 @@ def _count(steps: int, die_at: int | None, die_of: int) -> Callable[..., None]:
     for name in ("write", "replace", "mkdir"):
         setattr(os, name, counted(getattr(os, name)))
     os.fsync = step
+    real_open = builtins.open
+
+    def opened(*args: Any, **kwargs: Any) -> Any:
+        file = real_open(*args, **kwargs)
+        if len(args) > 1 and "w" in args[1]:
+            step()
+        return file
+
+    builtins.open = opened
     return step
 
 
