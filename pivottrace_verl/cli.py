@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from pivottrace_verl import ui
 from pivottrace_verl.cli_annotate import annotate_app
-from pivottrace_verl.cli_base import AsJson, RunPath, Seed, opened, told
+from pivottrace_verl.cli_base import AsJson, RunPath, Seed, opened, run_app, told
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.pool import RunDir
 
@@ -49,7 +49,8 @@ def init(
     from pivottrace_verl.doctor import versions
 
     made = RunDir.create(run, pool, model, val_file=val, answers_kind=answers)
-    made.update_manifest(versions=versions())
+    with made.lock():
+        made.update_manifest(versions=versions())
     facts = made.manifest["pool"]
     merged = facts["duplicates_merged"]
     ui.say(
@@ -352,9 +353,9 @@ def doctor(
         raise typer.Exit(1)
 
 
-def main() -> Any:
+def main() -> None:
     """The console script."""
-    return app()
+    run_app(app)
 
 
 if __name__ == "__main__":

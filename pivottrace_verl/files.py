@@ -6,10 +6,14 @@ file stays. Fingerprints are the first 16 hex digits of a SHA-256.
 """
 
 import errno
+import glob
 import hashlib
 import io
 import json
 import os
+import re
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +27,16 @@ def os_reason(error: OSError) -> str:
     """Why the system refused, in words a user can act on."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return "no space is left on the device"
-    return (error.strerror or str(error)).lower()
+    return (error.strerror or first_line(error)).lower()
 
 
 def write_bytes_atomic(path: Path, content: bytes) -> None:
     """Replace `path` by `content`. PivotTraceError if that fails; `path` is then as it was."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        # A folder in the place of the file would be told only after all is written.
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             file.write(content)
@@ -37,7 +44,9 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        # The folder itself may be what failed: then there is nothing to remove.
+        with suppress(OSError):
+            temporary.unlink()
         raise PivotTraceError(
             f"{path} cannot be written: {os_reason(error)}; nothing was changed."
         ) from error
@@ -46,11 +55,32 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
         raise
 
 
+def remove_leftovers(folder: Path, name: str = "*") -> None:
+    """Remove the temporary files that killed processes left of writing `folder/name`."""
+    pattern = name if name == "*" else glob.escape(name)
+    for path in folder.glob(f".{pattern}.*.tmp"):
+        found = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
+        if found and not _alive(int(found[1])):
+            with suppress(OSError):
+                path.unlink()
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True
+
+
 def write_json_atomic(path: Path, content: Any) -> None:
     """JSON, keys sorted, one trailing newline. NaN and infinity raise ValueError: a reader of
     another language could not take them."""
     text = json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    write_bytes_atomic(path, (text + "\n").encode())
+    # A path that is not UTF-8 holds lone surrogates: their escape is JSON's own.
+    write_bytes_atomic(path, (text + "\n").encode(errors="backslashreplace"))
 
 
 def write_table_atomic(path: Path, table: pa.Table) -> None:
@@ -66,20 +96,60 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_bytes())
     except OSError as error:
         raise PivotTraceError(f"{path} cannot be read: {os_reason(error)}.") from error
-    except ValueError as error:
-        raise PivotTraceError(f"{path} is not a JSON file: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise PivotTraceError(f"{path} is not a JSON file: {json_reason(error)}.") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds one object; PivotTraceError if it does not."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise PivotTraceError(f"{path} does not hold one JSON object.")
+    return content
 
 
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     """A Parquet file, only `columns` of it; PivotTraceError if missing or unreadable."""
     try:
-        return pq.read_table(path, columns=columns, partitioning=None)
+        # A file that cannot be opened is told in the system's words, not in Arrow's.
+        open(path, "rb").close()
+        table = pq.read_table(path, columns=columns, partitioning=None)
+        # Text that is not UTF-8 would fail only where it is used.
+        table.validate(full=True)
+        return table
     except OSError as error:
+        # What is wrong inside a file, Arrow tells as OSError without a number.
+        if error.errno is None:
+            raise PivotTraceError(
+                f"{path} is not a readable Parquet file: {arrow_reason(error)}."
+            ) from error
         raise PivotTraceError(f"{path} cannot be read: {os_reason(error)}.") from error
     except pa.ArrowException as error:
         raise PivotTraceError(
-            f"{path} is not a readable Parquet file: {first_line(error)}."
+            f"{path} is not a readable Parquet file: {arrow_reason(error)}."
         ) from error
+
+
+def json_reason(error: ValueError | RecursionError) -> str:
+    """Why text is no JSON, and where, as half a sentence."""
+    match error:
+        case json.JSONDecodeError():
+            line = f"line {error.lineno}, " if error.lineno > 1 else ""
+            return f"{error.msg.removesuffix(' starting at').lower()} at {line}column {error.colno}"
+        case UnicodeDecodeError():
+            return f"it is not UTF-8 text ({error.reason})"
+        case RecursionError():
+            return "it is nested too deeply"
+    # The one other thing the parser refuses.
+    return f"it holds a number of more than {sys.get_int_max_str_digits()} digits"
+
+
+def arrow_reason(error: Exception) -> str:
+    """What Arrow says of a file it cannot read, as half a sentence."""
+    text = first_line(error)
+    if "UTF8" in text:
+        return "it holds text that is not UTF-8"
+    return re.sub(r"^Could not open Parquet input source '.*': ", "", text).split(". ")[0]
 
 
 def first_line(error: Exception) -> str:

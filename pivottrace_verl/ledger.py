@@ -7,6 +7,7 @@ batch is appended whole or not at all. A line that a crash tore is left in the f
 
 import fcntl
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping
@@ -23,6 +24,30 @@ FIELDS = ("pt_id", "label", "annotator", "time", "source_file", "cost", "purpose
 
 class TornLedgerWarning(UserWarning):
     """A line of the ledger is not complete; its label is not counted."""
+
+
+def _may_be_torn(line: bytes) -> bool:
+    """Whether a killed write may have left it: the start of an entry, or zeros."""
+    start = f'{{"{FIELDS[0]}": '.encode()
+    return line.startswith(start) or start.startswith(line) or not line.strip(b"\0")
+
+
+def _fault(entry: Any) -> str | None:
+    """What keeps it from being an entry, as half a sentence."""
+    if not isinstance(entry, dict):
+        return "it is no JSON object"
+    missing = [name for name in FIELDS if name not in entry]
+    if missing:
+        return f"it has no {', '.join(missing)}"
+    for name in FIELDS:
+        if name != "cost" and not isinstance(entry[name], str):
+            return f"its {name} is not text"
+    if entry["purpose"] not in PURPOSES:
+        return f"its purpose is '{entry['purpose']}', not one of {', '.join(PURPOSES)}"
+    cost = entry["cost"]
+    if isinstance(cost, bool) or not isinstance(cost, (int, float)):
+        return "its cost is not a number"
+    return None if 0 <= cost < math.inf else f"its cost is {cost}"
 
 
 class Ledger:
@@ -48,14 +73,14 @@ class Ledger:
                 continue
             try:
                 entry = json.loads(line)
-            except ValueError:
-                torn.append(number)
-                continue
-            missing = [f for f in FIELDS if f not in entry] if isinstance(entry, dict) else FIELDS
-            if missing:
+            except (ValueError, RecursionError):
+                entry = None
+                if _may_be_torn(line):
+                    torn.append(number)
+                    continue
+            if fault := _fault(entry):
                 raise PivotTraceError(
-                    f"Line {number} of {self.path} is not a ledger entry: it has no "
-                    f"{', '.join(missing)}."
+                    f"Line {number} of {self.path} is not a ledger entry: {fault}."
                 )
             entries.append(entry)
         self.torn = torn
@@ -105,7 +130,7 @@ class Ledger:
         lines = "".join(
             json.dumps({f: entry[f] for f in FIELDS}, ensure_ascii=False, allow_nan=False) + "\n"
             for entry in batch
-        ).encode()
+        ).encode(errors="backslashreplace")  # Of a path that is not UTF-8: JSON's own escape.
         try:
             self._write(batch, lines)
         except OSError as error:
@@ -127,6 +152,8 @@ class Ledger:
                     f"A label's purpose is '{entry['purpose']}', but must be one of "
                     f"{', '.join(PURPOSES)}."
                 )
+            if fault := _fault(entry):
+                raise PivotTraceError(f"A ledger entry cannot be added: {fault}.")
             if entry["pt_id"] in known:
                 raise PivotTraceError(
                     f"Prompt {entry['pt_id']} has the label '{known[entry['pt_id']]}' already; "

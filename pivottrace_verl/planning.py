@@ -7,12 +7,11 @@ and the files.
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
 from typing import Any
 
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.evaluation import evaluate
-from pivottrace_verl.files import read_json, write_json_atomic
+from pivottrace_verl.files import read_object, write_json_atomic
 from pivottrace_verl.pool import RunDir
 from pivottrace_verl.triage import Plan, TriageConfig, Uninformative, outcomes, triage
 
@@ -28,6 +27,12 @@ def make_plan(
     scores, ledger = run.scores(), run.ledger()
     wanted = set(run.probes()["pt_ids"])
     labels = ledger.labels()
+    strangers = sorted(set(labels) - set(scores["pt_id"].to_pylist()))
+    if strangers:
+        raise PivotTraceError(
+            f"{ledger.path} holds labels of {len(strangers)} prompts that are not in this pool "
+            f"(first: '{strangers[0]}')."
+        )
     missing = wanted - set(labels)
     if missing:
         raise PivotTraceError(
@@ -61,14 +66,15 @@ def evaluate_run(run: RunDir, when: str, *, samples: int, seed: int) -> tuple[di
     settings = run.manifest.get("settings", {}).get("score")
     if settings is None:
         raise PivotTraceError(f"{run.path} is not scored yet: run `pivottrace score` first.")
-    model = Path(run.manifest["model"]["path"])
-    if when == "after":
+    if when == "before":
+        model = run.model_path()
+    else:
         done = run.path / "train" / "done.json"
         if not done.exists():
             raise PivotTraceError(f"{run.path} is not trained yet: run `pivottrace train` first.")
-        model = run.path / read_json(done)["checkpoint"]
+        model = run.path / read_object(done)["checkpoint"]
     file = run.path / "validation.json"
-    kept: dict[str, Any] = read_json(file) if file.exists() else {}
+    kept = read_object(file) if file.exists() else {}
     # The model's place and the file's time tell one checkpoint from a later one at the same place.
     made_from = {
         "model": str(model.resolve()),

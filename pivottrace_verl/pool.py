@@ -26,6 +26,7 @@ from pivottrace_verl.files import (
     fingerprint,
     model_fingerprint,
     os_reason,
+    remove_leftovers,
     write_json_atomic,
     write_table_atomic,
 )
@@ -37,6 +38,20 @@ from pivottrace_verl.schemas import POOL_SCHEMA, VAL_SCHEMA
 __all__ = ["Ledger", "Prompt", "RunDir", "write_json_atomic", "write_table_atomic"]
 
 Path_ = str | os.PathLike[str]
+
+_SECTIONS = {
+    "pool": {"fingerprint", "n_prompts", "source"},
+    "model": {"fingerprint", "path"},
+    "answers": {"kind"},
+}
+"""What every manifest holds."""
+
+_OTHER = {
+    "pool": "another pool",
+    "model": "another model",
+    "answers": "another answers kind",
+    "val": "other validation data",
+}
 
 
 class RunDir(RunFiles):
@@ -114,14 +129,38 @@ class RunDir(RunFiles):
         if not (run.path / "manifest.json").exists():
             raise PivotTraceError(
                 f"{run.path} is not a run directory: it has no manifest.json; "
-                "`pivottrace score` makes one."
+                "`pivottrace init` makes one."
             )
-        if run.manifest.get("format") != 1:
+        manifest = run.manifest
+        if manifest.get("format") != 1:
             raise PivotTraceError(
-                f"{run.path} has format {run.manifest.get('format')}, but this version reads "
-                "format 1."
+                f"{run.path} has format {manifest.get('format')}, but this version reads format 1."
             )
+        for what, keys in _SECTIONS.items():
+            section = manifest.get(what)
+            if not isinstance(section, dict) or not keys <= set(section):
+                raise PivotTraceError(
+                    f"{run.path / 'manifest.json'} has no {what} with {', '.join(sorted(keys))}: "
+                    "it was changed, or made by another program."
+                )
+        for what in ("detector", "settings", "timings"):
+            if not isinstance(manifest.get(what, {}), dict):
+                raise PivotTraceError(
+                    f"{run.path / 'manifest.json'} has a {what} that is no object: it was changed, "
+                    "or made by another program."
+                )
         return run
+
+    def model_path(self) -> Path:
+        """The policy's folder; PivotTraceError if it is no longer the model of this run."""
+        model = self.manifest["model"]
+        now = model_fingerprint(Path(model["path"]))
+        if now != model["fingerprint"]:
+            raise PivotTraceError(
+                f"The run directory {self.path} was made from the model {model['path']} "
+                f"({model['fingerprint']}), but that folder now holds {now}."
+            )
+        return Path(model["path"])
 
     def _check_same(self, new: dict[str, Any]) -> None:
         """Refuse to go on in a directory that was made from other things."""
@@ -137,7 +176,7 @@ class RunDir(RunFiles):
                 continue
             if before is None or (now is not None and before[key] != now[key]):
                 raise PivotTraceError(
-                    f"The run directory {self.path} was made from another {what}: "
+                    f"The run directory {self.path} was made from {_OTHER[what]}: "
                     f"{_side(before, key, name)} there, {_side(now, key, name)} here."
                 )
 
@@ -161,6 +200,8 @@ class RunDir(RunFiles):
                 ) from error
             os.ftruncate(file, 0)
             os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
+            for folder in (self.path, *map(self.path.joinpath, ("scores", "traces", "train"))):
+                remove_leftovers(folder)
             yield
         finally:
             os.close(file)
@@ -169,14 +210,23 @@ class RunDir(RunFiles):
 
     def pool(self) -> list[Prompt]:
         """[P] the distinct prompts, in the pool's order."""
-        table = self._read_table("pool.parquet", {"pool": self.stage_fingerprint("pool")})
-        return [_to_prompt(row) for row in table.to_pylist()]
+        made_from = self.stage_fingerprint("pool")
+        table = self._read_table("pool.parquet", {"pool": made_from}, POOL_SCHEMA)
+        prompts = [_to_prompt(row) for row in table.to_pylist()]
+        found = fingerprint([prompt.pt_id for prompt in prompts])
+        if found != made_from:
+            raise PivotTraceError(
+                f"pool.parquet in {self.path} was changed: its prompts are {found}, but the run "
+                f"was made from {made_from}."
+            )
+        return prompts
 
     def validation(self) -> list[tuple[Prompt, str]]:
         """(prompt, label) of the validation data; empty if the run has none."""
         if "val" not in self.manifest:
             return []
-        table = self._read_table("val.parquet", {"val": self.stage_fingerprint("val")})
+        made_from = {"val": self.stage_fingerprint("val")}
+        table = self._read_table("val.parquet", made_from, VAL_SCHEMA)
         return [(_to_prompt(row), row["label"]) for row in table.to_pylist()]
 
 

@@ -18,13 +18,13 @@ from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.files import (
     file_fingerprint,
     fingerprint,
-    read_json,
+    read_object,
     read_table,
     write_json_atomic,
     write_table_atomic,
 )
 from pivottrace_verl.ledger import Ledger
-from pivottrace_verl.schemas import PLAN_SCHEMA, SCORE_SCHEMA
+from pivottrace_verl.schemas import PLAN_SCHEMA, POOL_SCHEMA, SCORE_SCHEMA
 
 
 class RunFiles:
@@ -38,10 +38,7 @@ class RunFiles:
     @property
     def manifest(self) -> dict[str, Any]:
         """manifest.json, read anew each time."""
-        manifest = read_json(self.path / "manifest.json")
-        if not isinstance(manifest, dict):
-            raise PivotTraceError(f"{self.path / 'manifest.json'} is not a run's manifest.")
-        return manifest
+        return read_object(self.path / "manifest.json")
 
     def update_manifest(self, **sections: Any) -> None:
         """Write sections; a dict is merged into the section's entries, anything else replaces."""
@@ -82,7 +79,13 @@ class RunFiles:
 
     def finished_parts(self) -> set[int]:
         """Numbers of the parts that are written."""
-        return {int(p.stem.split("-")[1]) for p in (self.path / "scores").glob("part-*.parquet")}
+        found = set()
+        for path in (self.path / "scores").glob("part-*.parquet"):
+            number = path.stem.removeprefix("part-")
+            if not (number.isascii() and number.isdigit()):
+                raise PivotTraceError(f"{path} is not a part of the scores: take it away.")
+            found.add(int(number))
+        return found
 
     def merge_scores(self) -> None:
         """All parts -> scores.parquet, in the pool's order. PivotTraceError unless every prompt
@@ -91,13 +94,13 @@ class RunFiles:
         rows: dict[str, dict[str, Any]] = {}
         for i in sorted(self.finished_parts()):
             name = f"scores/part-{i:05d}.parquet"
-            for row in self._read_table(name, made_from).to_pylist():
+            for row in self._read_table(name, made_from, SCORE_SCHEMA).to_pylist():
                 if row["pt_id"] in rows:
                     raise PivotTraceError(
                         f"Prompt {row['pt_id']} is scored twice, the second time in {name}."
                     )
                 rows[row["pt_id"]] = row
-        pool = self._read_table("pool.parquet", {"pool": made_from["pool"]})
+        pool = self._read_table("pool.parquet", {"pool": made_from["pool"]}, POOL_SCHEMA)
         ids = pool.column("pt_id").to_pylist()
         missing = [i for i in ids if i not in rows]
         if missing or len(rows) > len(ids):
@@ -111,7 +114,7 @@ class RunFiles:
     def scores(self) -> pa.Table:
         """One row a prompt, in the pool's order; columns of `SCORE_SCHEMA`."""
         self._need("scores.parquet", "scores")
-        return self._read_table("scores.parquet", self._made_from())
+        return self._read_table("scores.parquet", self._made_from(), SCORE_SCHEMA)
 
     # Probes and plan
 
@@ -127,7 +130,12 @@ class RunFiles:
 
     def probes(self) -> dict[str, Any]:
         """probes.json; PivotTraceError if the scores have changed since."""
-        probes: dict[str, Any] = read_json(self._need("probes.json", "probes"))
+        probes = read_object(self._need("probes.json", "probes"))
+        if not {"fingerprint_of_scores", "pt_ids"} <= set(probes):
+            raise PivotTraceError(
+                f"probes.json in {self.path} holds no fingerprint_of_scores and pt_ids: draw the "
+                "probes again."
+            )
         made, now = probes["fingerprint_of_scores"], self.stage_fingerprint("scores")
         if made != now:
             raise PivotTraceError(
@@ -140,18 +148,26 @@ class RunFiles:
         """plan.parquet (columns of `PLAN_SCHEMA`) and triage.json, each naming the scores."""
         made_from = {"scores": self.stage_fingerprint("scores")}
         probes = fingerprint(sorted(self.ledger().labels("probe").items()))
-        info = {**info, "made_from": {**made_from, "probe_labels": probes}}
-        write_json_atomic(self.path / "triage.json", info)
         self._write_table("plan.parquet", rows, PLAN_SCHEMA, made_from)
+        made_from |= {"probe_labels": probes, "plan": self.stage_fingerprint("plan")}
+        write_json_atomic(self.path / "triage.json", {**info, "made_from": made_from})
 
     def plan(self) -> pa.Table:
         """One row a prompt, in the pool's order; PivotTraceError if the scores have changed."""
         self._need("plan.parquet", "plan")
-        return self._read_table("plan.parquet", {"scores": self.stage_fingerprint("scores")})
+        made_from = {"scores": self.stage_fingerprint("scores")}
+        return self._read_table("plan.parquet", made_from, PLAN_SCHEMA)
 
     def triage(self) -> dict[str, Any]:
-        """triage.json."""
-        info: dict[str, Any] = read_json(self._need("triage.json", "plan"))
+        """triage.json; PivotTraceError if it tells of another plan than plan.parquet, as a killed
+        triage leaves it."""
+        info = read_object(self._need("triage.json", "plan"))
+        told, now = info.get("made_from", {}).get("plan"), self.stage_fingerprint("plan")
+        if told not in (None, now):
+            raise PivotTraceError(
+                f"triage.json in {self.path} tells of the plan {told}, but plan.parquet is {now}: "
+                "triage again."
+            )
         return info
 
     # Files
@@ -181,13 +197,40 @@ class RunFiles:
         table = table.replace_schema_metadata({"pivottrace.made_from": note})
         write_table_atomic(self.path / name, table)
 
-    def _read_table(self, name: str, made_from: Mapping[str, str]) -> pa.Table:
+    def _read_table(self, name: str, made_from: Mapping[str, str], schema: pa.Schema) -> pa.Table:
         table = read_table(self.path / name)
-        note = json.loads((table.schema.metadata or {}).get(b"pivottrace.made_from", b"{}"))
+        note = _note(table)
         for what, now in made_from.items():
             if note.get(what) != now:
                 raise PivotTraceError(
-                    f"{name} in {self.path} was made from the {what} {note.get(what, 'unknown')}, "
-                    f"but the {what} is now {now}: make {name} again."
+                    f"{name} in {self.path} was made from {what} {note.get(what, 'unknown')}, "
+                    f"but the run now has {what} {now}: make {name} again."
                 )
+        self._check_columns(name, table.schema, schema)
         return table
+
+    def _check_columns(self, name: str, found: pa.Schema, wanted: pa.Schema) -> None:
+        """Refuse a table of another version, naming the columns that differ."""
+        lacks = [column for column in wanted.names if column not in found.names]
+        more = [column for column in found.names if column not in wanted.names]
+        other = [
+            column
+            for column in wanted.names
+            if column not in lacks and found.field(column).type != wanted.field(column).type
+        ]
+        parts = (("lacks", lacks), ("adds", more), ("has another type of", other))
+        faults = [f"{verb} {', '.join(columns)}" for verb, columns in parts if columns]
+        if faults:
+            raise PivotTraceError(
+                f"{name} in {self.path} is of another version: it {' and '.join(faults)}; make "
+                f"{name} again."
+            )
+
+
+def _note(table: pa.Table) -> dict[str, Any]:
+    """What a table says it was made from; nothing if it is not ours."""
+    try:
+        note = json.loads((table.schema.metadata or {}).get(b"pivottrace.made_from", b"{}"))
+    except ValueError:
+        return {}
+    return note if isinstance(note, dict) else {}

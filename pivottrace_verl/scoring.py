@@ -14,7 +14,6 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -73,8 +72,9 @@ def score(
         "capture": capture.to_dict(),
         "detector": {k: v for k, v in detector.to_dict().items() if k != "tau"},
     }
-    _check_settings(run, json.loads(json.dumps(settings)))
+    model = run.model_path()
     prompts = run.pool()
+    _check_settings(run, json.loads(json.dumps(settings)))
     parts = [prompts[i : i + config.part_size] for i in range(0, len(prompts), config.part_size)]
     finished = set(run.finished_parts())
     done = sum(len(part) for i, part in enumerate(parts) if i in finished)
@@ -82,7 +82,7 @@ def score(
     if todo:
         progress(done, len(prompts), "starting vLLM with capture on")
         with Engine(
-            Path(run.manifest["model"]["path"]),
+            model,
             max_prompt_tokens=config.max_prompt_tokens,
             max_tokens=config.max_tokens,
             capture=capture,
@@ -98,10 +98,10 @@ def _check_settings(run: RunDir, settings: dict[str, Any]) -> None:
     before = run.manifest.get("settings", {}).get("score")
     if before is not None and before != settings and run.finished_parts():
         changed = sorted(
-            f"{group}.{name}: {before[group].get(name)!r} on disk, {value!r} asked for"
+            f"{group}.{name}: {before.get(group, {}).get(name)!r} on disk, {value!r} asked for"
             for group, values in settings.items()
             for name, value in values.items()
-            if before[group].get(name) != value
+            if before.get(group, {}).get(name) != value
         )
         raise PivotTraceError(
             f"the scores in {run.path} were made with other settings ({'; '.join(changed)}): "

@@ -55,9 +55,14 @@ class Bar:
             print(f"{self._title}: {done}/{total} after {seconds:.0f} s, {what}", flush=True)
 
 
+def printable(text: str) -> str:
+    """The text on one line, control characters (which may drive a terminal) as their escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def say(text: str) -> None:
     """One line to the user; never read as markup, since it may quote a prompt."""
-    console.print(Text(text))
+    console.print(Text(printable(text)))
 
 
 def table(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
@@ -66,7 +71,7 @@ def table(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str])
     for column in columns:
         out.add_column(column.replace("_", " "))
     for row in rows:
-        out.add_row(*(Text(_cell(row.get(column))) for column in columns))
+        out.add_row(*(Text(printable(_cell(row.get(column)))) for column in columns))
     console.print(out)
 
 

@@ -6,6 +6,7 @@ again changes nothing. A label in the ledger stands: a different one is a confli
 not added.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -145,7 +146,7 @@ def import_labels(
     for line, row in read_rows(path, ("pt_id", "label")):
         pt_id, label = row["pt_id"], _label(row["label"])
         if pt_id not in pool:
-            unknown.append(f"line {line}: '{pt_id}'")
+            unknown.append(f"line {line}: '{pt_id[:100]}'")
         elif label == "":
             empty += 1
         elif label is None or kind.canonical(label) is None:
@@ -193,6 +194,8 @@ def _label(value: Any) -> str | None:
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
+        return None
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     text = str(value).strip()
     try:

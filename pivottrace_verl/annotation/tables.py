@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pivottrace_verl.errors import PivotTraceError
-from pivottrace_verl.files import os_reason, write_bytes_atomic
+from pivottrace_verl.files import json_reason, os_reason, remove_leftovers, write_bytes_atomic
 
 _GUARDED = ("=", "+", "-", "@", "\t", "\r", "'")
 SUFFIXES = (".jsonl", ".csv")
@@ -51,6 +51,7 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[
         for row in rows:
             line = {name: row.get(name) for name in columns}
             text.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
+    remove_leftovers(path.parent, path.name)
     write_bytes_atomic(path, text.getvalue().encode())
 
 
@@ -83,8 +84,11 @@ def _csv_rows(path: Path, text: str, needed: Sequence[str]) -> list[tuple[int, d
         if missing:
             raise PivotTraceError(
                 f"{path} has no column {', '.join(missing)}; its columns are "
-                f"{', '.join(header) or 'none'}."
+                f"{', '.join(header)[:200] or 'none'}."
             )
+        twice = [name for name in needed if header.count(name) > 1]
+        if twice:
+            raise PivotTraceError(f"{path} has the column {', '.join(twice)} twice.")
         while True:
             line = reader.line_num + 1
             cells = next(reader, None)
@@ -113,7 +117,9 @@ def _json_rows(path: Path, text: str, needed: Sequence[str]) -> list[tuple[int, 
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise PivotTraceError(f"Line {number} of {path} is not JSON: {error}.") from error
+            raise PivotTraceError(
+                f"Line {number} of {path} is not JSON: {json_reason(error)}."
+            ) from error
         missing = [name for name in needed if not isinstance(row, dict) or name not in row]
         if missing:
             raise PivotTraceError(f"Line {number} of {path} has no {', '.join(missing)}.")

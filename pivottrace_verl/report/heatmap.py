@@ -8,7 +8,6 @@ and of each prompt the rollout with the median number of pivots.
 Axes: G rollouts of a prompt, T tokens.
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from pivottrace_verl.errors import PivotTraceError
+from pivottrace_verl.files import first_line, read_object
 from pivottrace_verl.pivots import DetectorConfig, changes, find_pivots, signal
 
 LEVELS = 8
@@ -72,12 +72,15 @@ def trace_index(directory: Path) -> dict[str, list[tuple[int, TraceFile]]]:
         beside = path.with_suffix(".json")
         if not beside.exists():  # The part is being written: its tokens come last.
             continue
-        try:
-            part = TraceFile(path, json.loads(beside.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise PivotTraceError(f"{beside} is not readable as JSON ({error}).") from error
-        for key in part.entries:
+        part = TraceFile(path, read_object(beside))
+        for key, entry in part.entries.items():
             pt_id, _, g = key.rpartition("/")
+            if not (g.isascii() and g.isdigit()):
+                raise PivotTraceError(
+                    f"{beside} names the trace '{key}', which is no prompt's id and rollout."
+                )
+            if not isinstance(entry, dict) or not isinstance(entry.get("tokens"), list):
+                raise PivotTraceError(f"{beside} holds no tokens of the trace '{key}'.")
             index.setdefault(pt_id, []).append((int(g), part))
     return {pt_id: sorted(rows, key=lambda row: row[0]) for pt_id, rows in index.items()}
 
@@ -88,10 +91,15 @@ def read_rollout(pt_id: str, g: int, part: TraceFile, detector: DetectorConfig) 
     Raises PivotTraceError when the trace is not in the file or has another length than its tokens.
     """
     key = f"{pt_id}/{g}"
-    with safe_open(part.path, framework="numpy") as file:
-        if key not in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
-            raise PivotTraceError(f"{part.path} holds no trace {key}, which its JSON names.")
-        trace = np.asarray(file.get_tensor(key), dtype=np.float32)
+    try:
+        with safe_open(part.path, framework="numpy") as file:
+            if key not in file.keys():  # noqa: SIM118 - a safetensors handle is not a mapping
+                raise PivotTraceError(f"{part.path} holds no trace {key}, which its JSON names.")
+            trace = np.asarray(file.get_tensor(key), dtype=np.float32)
+    except SafetensorError as error:
+        raise PivotTraceError(
+            f"{part.path} is not a readable safetensors file: {first_line(error)}."
+        ) from error
     entry = part.entries[key]
     tokens = [str(token) for token in entry["tokens"]]
     if len(tokens) != len(trace):

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pivottrace_verl.files import read_json
+from pivottrace_verl.errors import PivotTraceError
+from pivottrace_verl.files import read_object
 from pivottrace_verl.pool import RunDir
 from pivottrace_verl.report.learning import Learning
 
@@ -77,9 +78,9 @@ def result(path: Path, learning: Learning) -> dict[str, Any] | None:
     for source in ("summary.json", "validation.json"):
         if not (path / source).exists():
             continue
-        content = read_json(path / source)
+        content = read_object(path / source)
         found = content.get("validation") or {} if source == "summary.json" else content
-        rows = _before_and_after(found.get("before") or {}, found.get("after") or {})
+        rows = _before_and_after(found, path / source)
         if rows:
             return {"source": source, "rows": rows}
     rows = [
@@ -90,14 +91,22 @@ def result(path: Path, learning: Learning) -> dict[str, Any] | None:
     return {"source": "train/metrics.jsonl", "rows": rows} if rows else None
 
 
-def _before_and_after(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[dict[str, Any]]:
-    samples = before.get("samples")
+def _before_and_after(found: Any, file: Path) -> list[dict[str, Any]]:
+    whens = ("before", "after")
+    sides: list[Any] = [found.get(w) or {} for w in whens] if isinstance(found, Mapping) else [None]
+    if not all(isinstance(side, Mapping) for side in sides):
+        raise PivotTraceError(f"{file} holds no validation before and after training.")
+    samples = sides[0].get("samples")
     mean = f"mean of {samples}" if samples else "mean at T=1"
-    return [
-        {"name": name, "before": float(before[key]), "after": float(after[key])}
-        for key, name in (("mean", mean), ("mean4", "mean of 4"), ("greedy", "greedy"))
-        if before.get(key) is not None and after.get(key) is not None
-    ]
+    rows = []
+    for key, name in (("mean", mean), ("mean4", "mean of 4"), ("greedy", "greedy")):
+        values: list[Any] = [side.get(key) for side in sides]
+        if None in values:
+            continue
+        if not all(isinstance(value, int | float) for value in values):
+            raise PivotTraceError(f"{file} holds a {key} that is not a number.")
+        rows.append({"name": name, "before": float(values[0]), "after": float(values[1])})
+    return rows
 
 
 def headline(

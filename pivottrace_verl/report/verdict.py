@@ -12,6 +12,7 @@ from dataclasses import asdict, fields
 from typing import Any
 
 from pivottrace_verl.calibration import Outcome, calibrate, outcomes
+from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.pool import RunDir
 from pivottrace_verl.ranking import Uninformative, estimator_table, uncertainty
 from pivottrace_verl.triage import TriageConfig, triage
@@ -47,6 +48,8 @@ def probe_view(run: RunDir, manifest: Mapping[str, Any]) -> dict[str, Any]:
     found = outcomes(scores, probed, manifest["answers"]["kind"])
     if view["triaged"]:
         info = run.triage()
+        if not isinstance(info.get("curve"), dict):
+            raise PivotTraceError(f"triage.json in {run.path} has no curve: triage again.")
         view |= {key: info.get(key) for key in ("curve", "table", "estimator", "direction")}
         view |= {"spearman": info.get("spearman"), "config": info.get("config")}
         view["refused"] = info.get("refused")  # Then another estimator took its place.

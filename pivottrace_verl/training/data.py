@@ -100,7 +100,6 @@ def _row(
 def write_training_files(run: RunDir) -> tuple[int, int]:
     """Write RUN/train/{train,val}.parquet; returns the numbers of rows."""
     folder = run.path / "train"
-    folder.mkdir(exist_ok=True)
     train = train_rows(run)
     val = [
         _row(

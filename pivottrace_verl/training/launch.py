@@ -20,11 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pivottrace_verl.curriculum import ORDERS
 from pivottrace_verl.errors import PivotTraceError
-from pivottrace_verl.files import read_json, write_bytes_atomic, write_json_atomic
+from pivottrace_verl.files import read_object, write_bytes_atomic, write_json_atomic
 from pivottrace_verl.plugin import cpu_platform_requested
 from pivottrace_verl.pool import RunDir
-from pivottrace_verl.training.data import write_training_files
+from pivottrace_verl.training.data import train_rows, write_training_files
 
 DIE_WITH_PARENT = "PIVOTTRACE_DIE_WITH_PARENT"
 """Set for the job: a killed command must not leave a verl job behind that nobody watches."""
@@ -119,8 +120,11 @@ def train(
     Raises PivotTraceError if the run was trained from another plan or with other settings, or if
     the job ends without reaching the last step; its log is named.
     """
+    if config.order not in ORDERS:
+        raise PivotTraceError(
+            f"The curriculum's order is '{config.order}', but must be one of {', '.join(ORDERS)}."
+        )
     folder = run.path / "train"
-    folder.mkdir(exist_ok=True)
     asked = {
         "plan": run.stage_fingerprint("plan"),
         "config": dataclasses.asdict(config),
@@ -128,7 +132,7 @@ def train(
     }
     started = folder / "started.json"
     if started.exists():
-        before = read_json(started)
+        before = read_object(started)
         if before != asked:
             changed = ", ".join(
                 f"{name}: {before.get(name)!r} then, {asked[name]!r} now"
@@ -141,13 +145,15 @@ def train(
             )
     done = folder / "done.json"
     if done.exists():
-        return dict(read_json(done))
-    rows = write_training_files(run)
-    if rows[0] < config.batch_size:
+        return read_object(done)
+    run.model_path()
+    left = len(train_rows(run))
+    if left < config.batch_size:
         raise PivotTraceError(
-            f"only {rows[0]} prompts are left to train on, fewer than one batch of "
+            f"Only {left} prompts are left to train on, fewer than one batch of "
             f"{config.batch_size}: lower --batch-size or triage again with other thresholds."
         )
+    rows = write_training_files(run)
     write_json_atomic(started, asked)
     attempt = len(list(folder.glob("metrics-*.jsonl")))
     attempt_file = folder.resolve() / f"metrics-{attempt:03d}.jsonl"
