@@ -1,0 +1,40 @@
+"""Questions to the pool, asked once: answers repeat, within a group above all.
+
+Contract: bounded, callable from any thread; what timed out is remembered too, so that a process
+gives one verdict on a pair, and pays for it once.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from pivottrace_verl import answer_pool
+
+_MOST = 65536
+_LONGEST = 2048
+"""Longer texts are rollouts, which do not repeat."""
+
+
+class Memo:
+    """The pool's replies for one kind of answer."""
+
+    def __init__(self, kind: str) -> None:
+        self._kind = kind
+        self._known: dict[tuple[str, Hashable], Any] = {}
+
+    def ask(self, operation: str, items: Sequence[Any]) -> list[Any]:
+        """[N] items -> [N] values, as `answer_pool.ask`; equal items are asked about once."""
+        values = {item: self._known.get((operation, item), self) for item in items}
+        unknown = [item for item, value in values.items() if value is self]
+        for item, value in zip(
+            unknown, answer_pool.ask(self._kind, operation, unknown), strict=True
+        ):
+            values[item] = value
+            if len(str(item)) <= _LONGEST:
+                self._remember((operation, item), value)
+        return [values[item] for item in items]
+
+    def _remember(self, key: tuple[str, Hashable], value: Any) -> None:
+        if len(self._known) >= _MOST:
+            # The whole, not the oldest: no order to keep between threads.
+            self._known = {}
+        self._known[key] = value
