@@ -8,13 +8,15 @@ target, which a right answer holds itself: those of the label are taken. Other t
 the entry, some of them by evaluating the text, and are refused. Partial marks count as wrong.
 """
 
+import contextlib
+import importlib
 import re
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from functools import cache
 from typing import Any
 
-from pivottrace_verl.answer_kinds import after_answer_word, last_boxed, tagged
+from pivottrace_verl.answer_kinds import ExpressionAnswers, after_answer_word, last_boxed, tagged
 from pivottrace_verl.answer_math import LONGEST, none_if_timed_out
 from pivottrace_verl.answer_memo import Memo
 from pivottrace_verl.answer_pool import Answer, TimedOut, ask
@@ -67,6 +69,13 @@ def _marked(text: str) -> str | None:
 # From here on: what runs in the worker.
 
 
+def prepare() -> None:
+    """Import reasoning-gym, which no answer should have to wait for; `_refuse` says if it is not
+    there."""
+    with contextlib.suppress(ImportError):
+        importlib.import_module("reasoning_gym")
+
+
 def _decimal(answer: str, dataset: Any) -> str | None:
     try:
         return f"{Decimal(answer.replace(',', '')).normalize():f}"
@@ -81,11 +90,10 @@ def _first_number(answer: str, dataset: Any) -> str | None:
 
 
 def _arithmetic(answer: str, dataset: Any) -> str | None:
-    # The scorer hands the text to sympy's parse_expr, which evaluates it as Python: only digits,
-    # + - * / and brackets get there.
-    if re.fullmatch(r"[0-9+\-*/() ]+", answer) is None or re.search(r"\*\s*\*|/\s*/", answer):
-        return None
-    return answer if _target(answer) is not None else None
+    # The scorer hands the text to sympy's parse_expr, which evaluates it as Python: nothing but
+    # integers, + - * / and brackets gets there, whatever else sympy could read.
+    form = None if "=" in answer else ExpressionAnswers().canonical(answer)
+    return None if form is None or _target(form) is None else form
 
 
 def _roles(answer: str, dataset: Any) -> str | None:
@@ -156,7 +164,7 @@ def _target(expression: str) -> float | None:
 
     try:
         return float(parse_expr(expression))
-    except (SyntaxError, TypeError, ValueError, AttributeError, RecursionError):
+    except TypeError:  # a division by zero
         return None
 
 

@@ -10,7 +10,7 @@ import logging
 import math
 import re
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 from pivottrace_verl.answer_kinds import last_boxed
@@ -109,6 +109,14 @@ def _without_percent(answer: str) -> str:
 # From here on: what runs in the worker.
 
 
+@cache
+def prepare() -> None:
+    """Import math-verify and build its grammar, which no answer should have to wait for."""
+    for name in ("math_verify.parser", "math_verify.grader"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    _equal((r"\frac{x}{2}", "x/3"))
+
+
 def _extract(text: str) -> str | None:
     found = _parse(text)
     # Parsed once more on its own: the answer is compared without the text around it.
@@ -130,7 +138,9 @@ def _equal(pair: tuple[str, str]) -> bool:
 
 
 def _verify(gold: list[Any], target: list[Any]) -> bool:
-    return bool(_math_verify().verify(gold, target, timeout_seconds=None))
+    import math_verify
+
+    return bool(math_verify.verify(gold, target, timeout_seconds=None))
 
 
 def _plain(left: list[Any], right: list[Any]) -> bool:
@@ -151,7 +161,9 @@ def _parse_answer(answer: str) -> list[Any] | None:
 
 def _parse(text: str) -> list[Any] | None:
     """[expression, text of it], or None where there is no expression."""
-    found: list[Any] = _math_verify().parse(text, parsing_timeout=None)
+    import math_verify
+
+    found: list[Any] = math_verify.parse(text, parsing_timeout=None)
     if len(found) < 2 or isinstance(found[0], str) or len(str(found[-1])) > LONGEST:
         return None
     return found
@@ -176,16 +188,6 @@ def _refuse_tower(expression: Any) -> None:
                 raise OverLimitError
         if isinstance(node, sympy.factorial) and node.args[0].is_Number and node.args[0] > 10**5:
             raise OverLimitError
-
-
-@lru_cache(maxsize=1)
-def _math_verify() -> Any:
-    """math-verify, imported on first use: it pulls in sympy, which takes half a second."""
-    import math_verify
-
-    for name in ("math_verify.parser", "math_verify.grader"):
-        logging.getLogger(name).addFilter(lambda r: "Timeout is disabled" not in r.getMessage())
-    return math_verify
 
 
 OPERATIONS = {"extract": _extract, "canonical": _canonical, "equal": _equal}

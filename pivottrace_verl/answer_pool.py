@@ -91,8 +91,9 @@ class _Worker:
     def __init__(self, limits: Limits) -> None:
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-P", "-m", "pivottrace_verl.answer_worker"),
-                *(str(os.getpid()), str(limits.seconds), str(limits.memory_mb << 20)),
+                *(sys.executable, "-P", "-c"),
+                "from pivottrace_verl.answer_worker import main; "
+                f"main({os.getpid()}, {limits.seconds!r}, {limits.memory_mb << 20})",
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -180,6 +181,9 @@ class _Pool:
                         worker.kill()
                         worker = None
                         break
+                    if "refused" in reply:
+                        values.append(TIMED_OUT)
+                        continue
                     if "error" in reply:
                         raise PivotTraceError(
                             f"The {kind} verifier failed to {operation} "

@@ -1,8 +1,9 @@
 """The process in which answers are read and compared, at the other end of `answer_pool`.
 
 Contract: one JSON line in asks for one operation on many items; the first line out says that the
-operation is loaded, then comes one line an item: {"value": ...}, {"over": true} for an item that
-was given up, or {"error": sentence}. Nothing is unpickled or evaluated. The process holds itself
+operation is loaded, then comes one line an item: {"value": ...}, {"refused": true} for an item
+whose shape is too much, {"over": true} for one that took too much memory, or {"error": sentence}.
+Nothing is unpickled or evaluated. The process holds itself
 to a limit of memory, and ends with its parent: at once on Linux, elsewhere when it next reads or
 after the time one item may take.
 """
@@ -21,7 +22,7 @@ MODULES = {
     "math": "pivottrace_verl.answer_math",
     "reasoning_gym": "pivottrace_verl.answer_gym",
 }
-"""Where each kind's OPERATIONS are: name -> function of one item."""
+"""Where each kind's OPERATIONS are: name -> function of one item, after a call of `prepare`."""
 
 _AHEAD = 4
 """Address space an item may ask for, as a multiple of the memory it may use: a number that
@@ -42,8 +43,9 @@ def main(parent: int, limit_s: float, memory: int) -> None:
     os.dup2(2, 1)
     for line in sys.stdin:
         request = json.loads(line)
-        operations = importlib.import_module(MODULES[request["kind"]]).OPERATIONS
-        operation = operations[request["operation"]]
+        module = importlib.import_module(MODULES[request["kind"]])
+        module.prepare()
+        operation = module.OPERATIONS[request["operation"]]
         _limit(resource.RLIMIT_AS, _address_space() + _AHEAD * memory)
         _say(replies, {"ready": True})
         for item in request["items"]:
@@ -55,7 +57,9 @@ def _reply(operation: Callable[[Any], Any], item: Any, memory: int) -> dict[str,
     before = _peak()
     try:
         value = operation(item)
-    except (OverLimitError, MemoryError):
+    except OverLimitError:
+        return {"refused": True}
+    except MemoryError:
         return {"over": True}
     except Exception as error:  # noqa: BLE001 - raised again, as a sentence, on the other side
         return {"error": f"{type(error).__name__}: {error}"}
@@ -102,7 +106,3 @@ def _address_space() -> int:
             return int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     except FileNotFoundError:
         return _peak()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), float(sys.argv[2]), int(sys.argv[3]))
