@@ -28,9 +28,9 @@ _ANCHOR = re.compile(r"final\s+answer|boxed\s*\{[^}]*\}+\s*(?:\\?%|percent|pct)"
 class MathAnswers:
     """Mathematics as math-verify reads it: numbers, fractions, sets, intervals, equations.
 
-    Read from the text as math-verify reads it: the last \\boxed{}, else what follows "answer",
-    else the last formula or number. Two answers are equal if math-verify says so with either of
-    them as the reference. 50% is 50.
+    Read from the text as math-verify reads it: the last \\boxed{}, or the last few joined by a
+    comma or "and", else what follows "answer", else the last formula or number. Two answers are
+    equal if math-verify says so with either of them as the reference. 50% is 50.
     """
 
     def __init__(self) -> None:
@@ -154,7 +154,7 @@ def _plain(left: list[Any], right: list[Any]) -> bool:
 def _parse_answer(answer: str) -> list[Any] | None:
     if not answer or len(answer) > LONGEST:
         return None
-    if "\\boxed" in answer or "$" in answer:
+    if "\\boxed" in answer or "$" in answer.replace("\\$", ""):
         return _parse(answer)
     return _parse("\\boxed{" + answer + "}")
 
