@@ -8,7 +8,6 @@ or hang outside the main thread: they are off, and the pool's limits stand in th
 
 import logging
 import math
-import re
 from collections.abc import Sequence
 from functools import cache, lru_cache
 from typing import Any
@@ -21,8 +20,6 @@ from pivottrace_verl.answer_worker import OverLimitError
 
 LONGEST = 400
 """Longer answers are unparseable: no answer that can be voted on is longer."""
-_BOXED = re.compile(r"boxed", re.IGNORECASE)
-_ANCHOR = re.compile(r"final\s+answer|boxed\s*\{[^}]*\}+\s*(?:\\?%|percent|pct)", re.IGNORECASE)
 
 
 class MathAnswers:
@@ -80,9 +77,10 @@ def none_if_timed_out(answer: Answer) -> str | None:
 
 def _plain_box(text: str) -> str | None:
     """The number in the text's only box, where math-verify would read just that."""
-    if len(_BOXED.findall(text)) != 1 or _ANCHOR.search(text):
+    if text.count("boxed") != 1 or "final answer" in text.lower():
         return None
-    boxed = last_boxed(text)
+    start = text.find("\\boxed{")
+    boxed = None if start < 0 else last_boxed(text[start : start + LONGEST])
     return boxed if boxed is not None and read_number(boxed) else None
 
 

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 from pivottrace_verl.answer_gym import ReasoningGymAnswers
 from pivottrace_verl.answer_kinds import ExactAnswers, ExpressionAnswers
@@ -72,7 +72,6 @@ class AnswerKind(Protocol):
         """The label (or answer) in one agreed spelling; None if it cannot be parsed."""
 
 
-@runtime_checkable
 class ManyAnswers(AnswerKind, Protocol):
     """A kind that takes many at a time, and tells what timed out: `math` and `reasoning_gym`.
 
@@ -166,7 +165,7 @@ class OwnAnswers:
 def extract_many(kind: AnswerKind | str, texts: Sequence[str]) -> list[Answer]:
     """[N] texts -> [N] answers; None is unparseable."""
     kind = _made(kind)
-    if isinstance(kind, ManyAnswers):
+    if _takes_many(kind):
         return kind.extract_many(texts)
     return [kind.extract(text) for text in texts]
 
@@ -174,7 +173,7 @@ def extract_many(kind: AnswerKind | str, texts: Sequence[str]) -> list[Answer]:
 def canonical_many(kind: AnswerKind | str, labels: Sequence[str]) -> list[Answer]:
     """[N] labels or answers -> [N] canonical forms; None is unparseable."""
     kind = _made(kind)
-    if isinstance(kind, ManyAnswers):
+    if _takes_many(kind):
         return kind.canonical_many(labels)
     return [kind.canonical(label) for label in labels]
 
@@ -182,7 +181,7 @@ def canonical_many(kind: AnswerKind | str, labels: Sequence[str]) -> list[Answer
 def equal_many(kind: AnswerKind | str, pairs: Sequence[tuple[str, str]]) -> list[bool | TimedOut]:
     """[N] (answer, label) -> [N] whether they mean the same."""
     kind = _made(kind)
-    if isinstance(kind, ManyAnswers):
+    if _takes_many(kind):
         return kind.equal_many(pairs)
     return [kind.equal(a, b) for a, b in pairs]
 
@@ -294,7 +293,7 @@ def cluster(answers: Sequence[Answer], kind: AnswerKind | str) -> Clusters:
 def _equal_either_way(
     kind: AnswerKind, pairs: Sequence[tuple[str, str]]
 ) -> Sequence[bool | TimedOut]:
-    if isinstance(kind, ManyAnswers):
+    if _takes_many(kind):
         return kind.equal_many(pairs)
     return [kind.equal(a, b) or kind.equal(b, a) for a, b in pairs]
 
@@ -329,6 +328,11 @@ def majority(clusters: Clusters, quorum: int = 1, min_agreement: float = 0.0) ->
     if len(ranked) > 1 and ranked[0][1] == ranked[1][1]:
         return None
     return ranked[0][0]
+
+
+def _takes_many(kind: AnswerKind) -> TypeGuard[ManyAnswers]:
+    # isinstance with a protocol would cost more than the comparison of two numbers.
+    return hasattr(kind, "equal_many")
 
 
 def _made(kind: AnswerKind | str) -> AnswerKind:

@@ -194,6 +194,8 @@ def test_a_written_number_reads_as_the_same_number(text):
         "I get 5. \\boxed{%s}\n\nfinal {x} }",
         r"$3$, $\boxed{%s}$, $4$ and $5$",
         r"-\boxed{%s}",
+        r"$\boxed{%s}\%%$",
+        r"\boxed{%s} percent",
         r"3\boxed{%s} \text{ cm}",
     ],
 )
