@@ -17,13 +17,13 @@ from functools import cache
 from typing import Any
 
 from pivottrace_verl.answer_kinds import ExpressionAnswers, after_answer_word, last_boxed, tagged
-from pivottrace_verl.answer_math import LONGEST, none_if_timed_out
-from pivottrace_verl.answer_memo import Memo
+from pivottrace_verl.answer_math import LONGEST
+from pivottrace_verl.answer_memo import Memo, PooledAnswers
 from pivottrace_verl.answer_pool import Answer, TimedOut, ask
 from pivottrace_verl.errors import PivotTraceError
 
 
-class ReasoningGymAnswers:
+class ReasoningGymAnswers(PooledAnswers):
     """The answers of one reasoning-gym task.
 
     Read from the last <answer> tag, else the last \\boxed{}, else the line after the last
@@ -37,15 +37,6 @@ class ReasoningGymAnswers:
         reason = ask("reasoning_gym", "refuse", [task])[0]
         if reason is not None:
             raise PivotTraceError(f"The answers kind 'reasoning_gym:{task}' cannot be: {reason}.")
-
-    def extract(self, text: str) -> str | None:
-        return none_if_timed_out(self.extract_many([text])[0])
-
-    def equal(self, a: str, b: str) -> bool:
-        return self.equal_many([(a, b)])[0] is True
-
-    def canonical(self, label: str) -> str | None:
-        return none_if_timed_out(self.canonical_many([label])[0])
 
     def extract_many(self, texts: Sequence[str]) -> list[Answer]:
         found = [_marked(text) for text in texts]
@@ -78,9 +69,10 @@ def prepare() -> None:
 
 def _decimal(answer: str, dataset: Any) -> str | None:
     try:
-        return f"{Decimal(answer.replace(',', '')).normalize():f}"
-    except (InvalidOperation, ValueError):
+        value = Decimal(answer.replace(",", ""))
+    except InvalidOperation:
         return None
+    return f"{value.normalize():f}" if value.is_finite() else None
 
 
 def _first_number(answer: str, dataset: Any) -> str | None:

@@ -13,16 +13,16 @@ from functools import cache, lru_cache
 from typing import Any
 
 from pivottrace_verl.answer_kinds import last_boxed
-from pivottrace_verl.answer_memo import Memo
+from pivottrace_verl.answer_memo import Memo, PooledAnswers
 from pivottrace_verl.answer_numbers import read_number, same_number, write_number
-from pivottrace_verl.answer_pool import TIMED_OUT, Answer, TimedOut
+from pivottrace_verl.answer_pool import Answer, TimedOut
 from pivottrace_verl.answer_worker import OverLimitError
 
 LONGEST = 400
 """Longer answers are unparseable: no answer that can be voted on is longer."""
 
 
-class MathAnswers:
+class MathAnswers(PooledAnswers):
     """Mathematics as math-verify reads it: numbers, fractions, sets, intervals, equations.
 
     Read from the text as math-verify reads it: the last \\boxed{}, or the last few joined by a
@@ -33,46 +33,26 @@ class MathAnswers:
     def __init__(self) -> None:
         self._memo = Memo("math")
 
-    def extract(self, text: str) -> str | None:
-        return none_if_timed_out(self.extract_many([text])[0])
-
-    def equal(self, a: str, b: str) -> bool:
-        return self.equal_many([(a, b)])[0] is True
-
-    def canonical(self, label: str) -> str | None:
-        return none_if_timed_out(self.canonical_many([label])[0])
-
     def extract_many(self, texts: Sequence[str]) -> list[Answer]:
-        quick = [_plain_box(text) for text in texts]
-        slow = iter(
-            self._memo.ask("extract", [t for t, q in zip(texts, quick, strict=True) if q is None])
-        )
-        found = [next(slow) if q is None else q for q in quick]
+        found = self._ask_rest("extract", texts, [_plain_box(text) for text in texts])
         return [_spelt(answer) if isinstance(answer, str) else answer for answer in found]
 
     def canonical_many(self, labels: Sequence[str]) -> list[Answer]:
         stripped = [_without_percent(label) for label in labels]
         numbers = [read_number(label) for label in stripped]
-        slow = iter(
-            self._memo.ask(
-                "canonical", [s for s, n in zip(stripped, numbers, strict=True) if n is None]
-            )
-        )
-        found = [next(slow) if n is None else write_number(n) for n in numbers]
-        return [_spelt(label) if isinstance(label, str) else label for label in found]
+        written = [None if number is None else write_number(number) for number in numbers]
+        found = self._ask_rest("canonical", stripped, written)
+        return [_spelt(form) if isinstance(form, str) else form for form in found]
 
     def equal_many(self, pairs: Sequence[tuple[str, str]]) -> list[bool | TimedOut]:
         ordered = [tuple(sorted((_without_percent(a), _without_percent(b)))) for a, b in pairs]
-        quick = [_plainly_equal(a, b) for a, b in ordered]
-        slow = iter(
-            self._memo.ask("equal", [p for p, q in zip(ordered, quick, strict=True) if q is None])
-        )
-        return [next(slow) if q is None else q for q in quick]
+        return self._ask_rest("equal", ordered, [_plainly_equal(a, b) for a, b in ordered])
 
-
-def none_if_timed_out(answer: Answer) -> str | None:
-    """For the questions about one answer, which have no third reply."""
-    return None if answer is TIMED_OUT else answer
+    def _ask_rest(self, operation: str, items: Sequence[Any], known: Sequence[Any]) -> list[Any]:
+        """What is known of each item, and the pool's value where that is None."""
+        rest = [item for item, value in zip(items, known, strict=True) if value is None]
+        values = iter(self._memo.ask(operation, rest))
+        return [next(values) if value is None else value for value in known]
 
 
 def _plain_box(text: str) -> str | None:

@@ -225,13 +225,17 @@ class _Pool:
     def close(self) -> None:
         """End the workers that are free now, and the lent ones when they come back."""
         self._closed = True
+        free = []
         while True:
             try:
-                worker = self._free.get_nowait()
+                free.append(self._free.get_nowait())
             except queue.Empty:
                 break
+        for worker in free:
             if worker is not None:
                 worker.kill()
+            # The place stays: a thread may be waiting for it.
+            self._free.put(None)
 
 
 class _Shared:

@@ -3,9 +3,8 @@
 Contract: one JSON line in asks for one operation on many items; the first line out says that the
 operation is loaded, then comes one line an item: {"value": ...}, {"refused": true} for an item
 whose shape is too much, {"over": true} for one that took too much memory, or {"error": sentence}.
-Nothing is unpickled or evaluated. The process holds itself
-to a limit of memory, and ends with its parent: at once on Linux, elsewhere when it next reads or
-after the time one item may take.
+Nothing is unpickled or evaluated. The process holds itself to a limit of memory, and ends with its
+parent: at once on Linux, elsewhere when it next reads or after the time one item may take.
 """
 
 import ctypes

@@ -69,6 +69,7 @@ def test_an_answer_without_a_mark_is_unparseable():
     assert kind.extract("the sum must be 12") is None
     assert kind.extract("Answer: 1,012.0") == "1012"
     assert kind.extract("<answer>twelve</answer>") is None
+    assert kind.extract("<answer>NaN</answer>") is None
 
 
 def test_gsm_symbolics_own_scorer_reads_no_minus_sign_and_stops_at_a_comma():

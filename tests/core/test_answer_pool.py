@@ -140,6 +140,20 @@ def test_many_threads_get_their_own_replies():
     assert len(workers_of(os.getpid())) <= 2
 
 
+def test_a_question_that_waits_while_the_limits_change_is_answered():
+    bomb = [(HANG_IN_COMPARISON[0], "3")]
+    ask("math", "equal", [FINE])
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(ask, "math", "equal", bomb)
+        time.sleep(0.3)
+        second = threads.submit(ask, "math", "equal", [FINE])
+        time.sleep(0.1)
+        answer_pool.set_limits(Limits(workers=1, seconds=2.0))
+        assert first.result(timeout=60) == [TIMED_OUT]
+        assert second.result(timeout=60) == [True]
+    wait_until(lambda: workers_of(os.getpid()) == [])
+
+
 def test_chunks_come_back_in_order_from_several_workers():
     answer_pool.set_limits(Limits(workers=2, seconds=10))
     labels = [f"x+{i}" for i in range(300)]
