@@ -1,23 +1,21 @@
-"""The three built-in answer kinds: exact text, arithmetic expressions, mathematics.
+"""Answers that are compared as text: exact text and arithmetic expressions, and where they stand.
 
 Contract: see `answers.AnswerKind`. Nothing is ever evaluated by running it, and nothing waits on
-a clock: what could take unbounded time is refused by its shape, so that a vote is the same on a
-slow machine and in any thread.
+a clock. Two answers are equal if and only if their canonical forms are.
 """
 
 import ast
-import logging
 import re
 from functools import lru_cache
-from typing import Any
 
-_ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL | re.IGNORECASE)
+_ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
+_BRACE = re.compile(r"\\boxed\s*\{|[{}]")
 _ANSWER_WORD = re.compile(r"answer\s*:", re.IGNORECASE)
 _LONGEST = 400
 """Longer answers are unparseable: no answer that can be voted on is longer."""
 
 
-def _after_answer_word(text: str) -> str | None:
+def after_answer_word(text: str) -> str | None:
     """The first non-empty line after the last 'Answer:', if there is one."""
     marks = list(_ANSWER_WORD.finditer(text))
     if not marks:
@@ -26,20 +24,29 @@ def _after_answer_word(text: str) -> str | None:
     return next((line for line in lines if line), None)
 
 
-def _last_boxed(text: str) -> str | None:
-    """The content of the last closed \\boxed{...}, braces balanced."""
-    for start in reversed([m.end() for m in re.finditer(r"\\boxed\s*\{", text)]):
-        depth = 1
-        for i in range(start, len(text)):
-            depth += {"{": 1, "}": -1}.get(text[i], 0)
-            if depth == 0:
-                return text[start:i]
-    return None
+def last_boxed(text: str) -> str | None:
+    """The content of the last \\boxed{...} that is closed, braces balanced."""
+    opened: list[tuple[int, bool]] = []
+    last: tuple[int, int] | None = None
+    for mark in _BRACE.finditer(text):
+        if mark[0] != "}":
+            opened.append((mark.end(), mark[0] != "{"))
+        elif opened:
+            start, box = opened.pop()
+            if box and (last is None or start > last[0]):
+                last = start, mark.start()
+    return None if last is None else text[slice(*last)]
 
 
-def _tagged(text: str) -> str | None:
-    tags = _ANSWER_TAG.findall(text)
-    return str(tags[-1]) if tags else None
+def tagged(text: str) -> str | None:
+    """The content of the last <answer> tag that is closed."""
+    start, found = None, None
+    for mark in _ANSWER_TAG.finditer(text):
+        if mark[1] == "":
+            start = mark.end()
+        elif start is not None:
+            found, start = text[start : mark.start()], None
+    return found
 
 
 class ExactAnswers:
@@ -49,8 +56,10 @@ class ExactAnswers:
     'Answer:', else the last line.
     """
 
+    canonical_decides = True
+
     def extract(self, text: str) -> str | None:
-        for found in (_tagged(text), _last_boxed(text), _after_answer_word(text)):
+        for found in (tagged(text), last_boxed(text), after_answer_word(text)):
             if found is not None:
                 return self.canonical(found)
         lines = [line for line in text.splitlines() if line.strip()]
@@ -72,10 +81,12 @@ class ExpressionAnswers:
     '= 24' is allowed and ignored.
     """
 
+    canonical_decides = True
+
     def extract(self, text: str) -> str | None:
-        found = _tagged(text)
+        found = tagged(text)
         if found is None:
-            found = _after_answer_word(text)
+            found = after_answer_word(text)
         return None if found is None else self.canonical(found)
 
     def equal(self, a: str, b: str) -> bool:
@@ -142,88 +153,3 @@ def _factors(node: ast.AST) -> tuple[int, list[str], list[str]]:
         case ast.BinOp(op=ast.Add() | ast.Sub()):
             return 1, ["(" + _write(_terms(node)) + ")"], []
     raise ValueError("not an arithmetic expression over integers")
-
-
-class MathAnswers:
-    """Mathematics as math-verify reads it: numbers, fractions, sets, intervals, equations.
-
-    Its timeouts are off, because they rest on signals and fail outside the main thread. In their
-    place, what could run for long is unparseable: towers of powers, large exponents and
-    factorials, unevaluated integrals, sums, products and limits.
-    """
-
-    def extract(self, text: str) -> str | None:
-        found = _parse(text)
-        # Parsed once more on its own: the answer is compared without the text around it.
-        return None if found is None else self.canonical(str(found[-1]))
-
-    def equal(self, a: str, b: str) -> bool:
-        return _math_equal(a, b)
-
-    def canonical(self, label: str) -> str | None:
-        found = _parse_answer(label.strip())
-        return None if found is None else str(found[-1]).strip() or None
-
-
-@lru_cache(maxsize=65536)
-def _math_equal(a: str, b: str) -> bool:
-    left, right = _parse_answer(a), _parse_answer(b)
-    if left is None or right is None:
-        return False
-    return bool(_math_verify().verify(left, right, timeout_seconds=None))
-
-
-@lru_cache(maxsize=65536)
-def _parse_answer(answer: str) -> list[Any] | None:
-    # math-verify reads no per cent sign inside a box; as it does outside, 50% is taken as 50.
-    answer = answer.strip().removesuffix("%").removesuffix("\\").rstrip()
-    if not answer or len(answer) > _LONGEST:
-        return None
-    if "\\boxed" in answer or "$" in answer:
-        return _parse(answer)
-    return _parse("\\boxed{" + answer + "}")
-
-
-def _parse(text: str) -> list[Any] | None:
-    """[expression, text of it], or None where there is no expression or one too costly."""
-    found: list[Any] = _math_verify().parse(text, parsing_timeout=None)
-    if len(found) < 2 or isinstance(found[0], str) or len(str(found[-1])) > _LONGEST:
-        return None
-    return None if _costly(found[0]) else found
-
-
-def _costly(expression: Any) -> bool:
-    import sympy
-
-    unbounded = (sympy.Integral, sympy.Sum, sympy.Product, sympy.Limit)
-    for node in sympy.preorder_traversal(expression):
-        if isinstance(node, unbounded):
-            return True
-        if isinstance(node, sympy.Pow):
-            power = node.exp
-            if power.has(sympy.Pow) and not power.free_symbols and not _is_root(power):
-                return True
-            if power.is_Number and abs(power) > 1000:
-                return True
-        if isinstance(node, sympy.factorial) and not (
-            node.args[0].is_Symbol or (node.args[0].is_Integer and abs(node.args[0]) <= 1000)
-        ):
-            return True
-    return False
-
-
-def _is_root(power: Any) -> bool:
-    """1/n as the parser writes it, Pow(n, -1): a plain root, not a tower."""
-    import sympy
-
-    return all(p.exp == -1 for p in power.atoms(sympy.Pow))
-
-
-@lru_cache(maxsize=1)
-def _math_verify() -> Any:
-    """math-verify, imported on first use: it pulls in sympy, which takes half a second."""
-    import math_verify
-
-    for name in ("math_verify.parser", "math_verify.grader"):
-        logging.getLogger(name).addFilter(lambda r: "Timeout is disabled" not in r.getMessage())
-    return math_verify

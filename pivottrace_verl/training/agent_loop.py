@@ -18,7 +18,7 @@ import ray
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
-from pivottrace_verl.answers import get_answers
+from pivottrace_verl.answers import TIMED_OUT, get_answers
 from pivottrace_verl.training.groups import Verdict, VotePolicy, judge
 
 # verl exports the Ray actor class; its methods live on the class underneath.
@@ -51,8 +51,9 @@ class Group:
 
     async def reward(
         self, session: int, *, labeled: bool, kind: Any, policy: VotePolicy
-    ) -> tuple[float, Verdict]:
-        """This session's reward and the verdict it comes from, once the group is complete."""
+    ) -> tuple[float, bool, Verdict]:
+        """This session's reward, whether it timed out, and the verdict both come from, once the
+        group is complete."""
         await self._complete.wait()
         order = sorted(self._arrived)
         if self._verdict is None:
@@ -61,7 +62,7 @@ class Group:
                 # Equivalence of mathematical answers can take milliseconds: off the event loop.
                 asyncio.to_thread(
                     judge,
-                    [info["pred"] or None for info in infos],
+                    [TIMED_OUT if i["timed_out"] else i["pred"] or None for i in infos],
                     [float(info["score"]) for info in infos],
                     labeled=labeled,
                     kind=kind,
@@ -69,7 +70,8 @@ class Group:
                 )
             )
         verdict = await self._verdict
-        return verdict.rewards[order.index(session)], verdict
+        place = order.index(session)
+        return verdict.rewards[place], verdict.timed_out[place], verdict
 
 
 class PivotAgentLoopWorker(_Worker):
@@ -144,7 +146,7 @@ class PivotAgentLoopWorker(_Worker):
         await self._compute_score(outputs, kwargs=kwargs)
         final = outputs[-1]
         group.arrive(session, final)
-        reward, verdict = await group.reward(
+        reward, timed_out, verdict = await group.reward(
             session, labeled=info["labeled"], kind=self._kind, policy=self._policy
         )
         final.reward_score = reward
@@ -158,6 +160,7 @@ class PivotAgentLoopWorker(_Worker):
             "weight": float(self._weights[info["route"]]),
             "reward": reward,
             "outcome": verdict.outcome,
+            "timed_out": timed_out,
             "agreement": verdict.agreement,
             "majority_right": verdict.majority_right,
             "n_tokens": len(final.response_ids),

@@ -19,7 +19,8 @@ def step_metrics(records: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, flo
     """Aggregate (uid, record) pairs.
 
     Per route: `prompts`, `rollouts`, `reward` (mean), `mixed`, `all_right`, `all_wrong` (shares of
-    the groups; only mixed groups teach), `agreement`, `weight`, `pivot_density` (over traced
+    the groups; only mixed groups teach), `agreement`, `weight`, `timed_out` (share
+    of the rollouts whose answer could not be compared in time), `pivot_density` (over traced
     rollouts); `no_vote` (share of groups without a target) for self_train and
     `pseudo_label_accuracy` where labels exist. Over all: `pivottrace/capture/{traced,missed}`.
     """
@@ -43,6 +44,7 @@ def step_metrics(records: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, flo
             "prompts": float(len(groups)),
             "rollouts": float(len(rows)),
             "reward": float(np.mean([row["reward"] for row in rows])),
+            "timed_out": float(np.mean([row["timed_out"] for row in rows])),
             "mixed": float(np.mean((means > 0) & (means < 1))),
             "all_right": float(np.mean(means == 1)),
             "all_wrong": float(np.mean(means == 0)),

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pivottrace_verl.answers import correct, get_answers
+from pivottrace_verl.answers import TIMED_OUT, Grade, extract_many, get_answers, grade
 
 
 def compute_score(
@@ -23,15 +23,20 @@ def compute_score(
     """Score one rollout.
 
     Returns `score` and `acc` (1.0 right, 0.0 wrong or unknown), `pred` (the extracted answer, ""
-    if unparseable) and `parsed` (1.0 or 0.0). Without a ground truth the score is 0.0: the group
-    hook replaces it by the vote's.
+    if there is none), `parsed` and `timed_out` (1.0 or 0.0; what timed out is neither right nor
+    wrong, and has no vote). Without a ground truth the score is 0.0: the group hook replaces it by
+    the vote's.
     """
     kind = get_answers(answers)
-    answer = kind.extract(solution_str)
-    right = ground_truth is not None and answer is not None and correct(answer, ground_truth, kind)
+    answer = extract_many(kind, [solution_str])[0]
+    timed_out, right = answer is TIMED_OUT, False
+    if ground_truth is not None:
+        found = grade(answer, ground_truth, kind)
+        timed_out, right = found is Grade.TIMED_OUT, found is Grade.RIGHT
     return {
         "score": float(right),
         "acc": float(right),
-        "pred": answer or "",
-        "parsed": float(answer is not None),
+        "pred": answer if isinstance(answer, str) else "",
+        "parsed": float(isinstance(answer, str)),
+        "timed_out": float(timed_out),
     }

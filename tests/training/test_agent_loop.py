@@ -19,13 +19,14 @@ class Output:
     """What the hook reads of verl's AgentLoopOutput."""
 
     def __init__(self, answer: str | None, score: float = 0.0) -> None:
-        self.extra_fields = {"reward_extra_info": {"pred": answer or "", "score": score}}
+        info = {"pred": answer or "", "score": score, "timed_out": 0.0}
+        self.extra_fields = {"reward_extra_info": info}
 
 
 async def session(group: Any, number: int, output: Output, delay: float, labeled: bool) -> float:
     await asyncio.sleep(delay)
     group.arrive(number, output)
-    reward, _ = await group.reward(number, labeled=labeled, kind=EXACT, policy=VotePolicy())
+    reward, *_ = await group.reward(number, labeled=labeled, kind=EXACT, policy=VotePolicy())
     return float(reward)
 
 

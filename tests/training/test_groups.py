@@ -1,16 +1,18 @@
 """The reward of one group."""
 
+from collections.abc import Sequence
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pivottrace_verl.answers import get_answers
+from pivottrace_verl.answers import TIMED_OUT, Answer, get_answers
 from pivottrace_verl.training.groups import NO_VOTE, VERIFIED, VOTED, Verdict, VotePolicy, judge
 
 EXACT = get_answers("exact")
 
 
 def verdict(
-    answers: list[str | None],
+    answers: Sequence[Answer],
     verified: list[float] | None = None,
     labeled: bool = False,
     **policy: float,
@@ -58,6 +60,28 @@ def test_too_little_agreement_rewards_nobody() -> None:
 
 def test_a_single_vote_is_below_the_quorum() -> None:
     assert verdict(["7", None, None]).outcome == NO_VOTE
+
+
+def test_a_rollout_that_timed_out_has_no_vote_and_no_reward_and_is_marked() -> None:
+    result = verdict(["7", "7", TIMED_OUT, TIMED_OUT, TIMED_OUT, None])
+    assert result.rewards == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    assert (result.target, result.agreement) == ("7", 2 / 6)
+    assert result.timed_out == [False, False, True, True, True, False]
+    assert verdict([TIMED_OUT] * 3).outcome == NO_VOTE
+
+
+def test_a_labeled_group_marks_what_could_not_be_compared_with_the_label() -> None:
+    result = verdict(["7", TIMED_OUT], verified=[1.0, 0.0], labeled=True)
+    assert (result.rewards, result.timed_out) == ([1.0, 0.0], [False, True])
+
+
+def test_answers_that_time_out_against_each_other_are_marked_in_the_vote_only() -> None:
+    math = get_answers("math")
+    answers = ["3", "3", "9^{9^{9^{9}}}"]
+    voted = judge(answers, [0.0] * 3, labeled=False, kind=math, policy=VotePolicy())
+    assert (voted.rewards, voted.timed_out) == ([1.0, 1.0, 0.0], [False, False, True])
+    known = judge(answers, [0.0, 0.0, 1.0], labeled=True, kind=math, policy=VotePolicy())
+    assert (known.rewards, known.timed_out) == ([0.0, 0.0, 1.0], [False, False, False])
 
 
 @given(st.lists(st.sampled_from(["1", "2", "3", None]), min_size=1, max_size=9), st.randoms())

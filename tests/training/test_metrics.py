@@ -15,6 +15,7 @@ def record(route: str, reward: float, **more: Any) -> dict[str, Any]:
         "agreement": 0.5,
         "weight": 1.0,
         "majority_right": None,
+        "timed_out": False,
         "traced": True,
         "pivot_density": 0.1,
         **more,
@@ -44,6 +45,12 @@ def test_routes_are_reported_apart_and_missed_traces_are_counted() -> None:
     assert metrics["pivottrace/self_train/no_vote"] == 1
     assert "pivottrace/self_train/pivot_density" not in metrics
     assert metrics["pivottrace/annotate/pivot_density"] == pytest.approx(0.1)
+
+
+def test_the_share_of_rollouts_that_timed_out_is_reported() -> None:
+    rows = [("a", record("self_train", 0.0, timed_out=late)) for late in (True, False, False)]
+    rows.append(("a", record("self_train", 0.0)))
+    assert step_metrics(rows)["pivottrace/self_train/timed_out"] == 0.25
 
 
 def test_every_metric_is_a_float_for_verls_logger() -> None:
