@@ -10,13 +10,18 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pivottrace_verl.errors import PivotTraceError
+
+ROW_GROUP = 1 << 16
+"""Rows of a row group of a table that is written piece by piece."""
 
 
 def os_reason(error: OSError) -> str:
@@ -26,13 +31,14 @@ def os_reason(error: OSError) -> str:
     return (error.strerror or str(error)).lower()
 
 
-def write_bytes_atomic(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`. PivotTraceError if that fails; `path` is then as it was."""
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the block ends well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -44,6 +50,12 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_bytes_atomic(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`. PivotTraceError if that fails; `path` is then as it was."""
+    with _replacing(path) as file:
+        file.write(content)
 
 
 def write_json_atomic(path: Path, content: Any) -> None:
@@ -60,6 +72,28 @@ def write_table_atomic(path: Path, table: pa.Table) -> None:
     write_bytes_atomic(path, buffer.getvalue())
 
 
+def write_tables_atomic(
+    path: Path, tables: Iterable[pa.Table], metadata: Mapping[bytes, str]
+) -> None:
+    """Parquet from tables of one schema, held in memory a row group at a time. However the rows
+    are cut into tables, equal rows give equal bytes. ValueError if there is no table."""
+    with _replacing(path) as file, ExitStack() as stack:
+        writer: pq.ParquetWriter | None = None
+        rest: pa.Table | None = None
+        for table in tables:
+            if writer is None:
+                schema = table.schema.with_metadata(metadata)
+                writer = stack.enter_context(pq.ParquetWriter(file, schema, compression="zstd"))
+            rest = table if rest is None else pa.concat_tables([rest, table])
+            while rest.num_rows >= ROW_GROUP:
+                writer.write_table(rest.slice(0, ROW_GROUP).combine_chunks())
+                rest = rest.slice(ROW_GROUP)
+        if writer is None or rest is None:
+            raise ValueError(f"nothing to write to {path}")
+        if rest.num_rows:
+            writer.write_table(rest.combine_chunks())
+
+
 def read_json(path: Path) -> Any:
     """A JSON file; PivotTraceError if it is missing, unreadable or no JSON."""
     try:
@@ -70,9 +104,14 @@ def read_json(path: Path) -> Any:
         raise PivotTraceError(f"{path} is not a JSON file: {error}.") from error
 
 
-def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """A Parquet file, only `columns` of it; PivotTraceError if missing or unreadable."""
+def read_table(
+    path: Path, columns: list[str] | None = None, *, without: Collection[str] = ()
+) -> pa.Table:
+    """A Parquet file, only `columns` of it or all but those `without`; PivotTraceError if missing
+    or unreadable."""
     try:
+        if without:
+            columns = [name for name in pq.read_schema(path).names if name not in without]
         return pq.read_table(path, columns=columns, partitioning=None)
     except OSError as error:
         raise PivotTraceError(f"{path} cannot be read: {os_reason(error)}.") from error

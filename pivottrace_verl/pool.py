@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from pivottrace_verl.answers import get_answers
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.files import (
@@ -98,11 +100,13 @@ class RunDir(RunFiles):
             rows = [
                 _prompt_row(p, {"index": i}) for p, i in zip(pool.prompts, pool.rows, strict=True)
             ]
-            run._write_table("pool.parquet", rows, POOL_SCHEMA, {"pool": fingerprint(ids)})
+            table = pa.Table.from_pylist(rows, schema=POOL_SCHEMA)
+            run._write_table("pool.parquet", table, {"pool": fingerprint(ids)})
             if val_file is not None:
                 rows = [_prompt_row(p, {"index": i}, label) for i, (p, label) in enumerate(val)]
                 made_from = {"val": manifest["val"]["fingerprint"]}
-                run._write_table("val.parquet", rows, VAL_SCHEMA, made_from)
+                table = pa.Table.from_pylist(rows, schema=VAL_SCHEMA)
+                run._write_table("val.parquet", table, made_from)
             # Last: a directory without a manifest is not a run yet, and is made again.
             write_json_atomic(run.path / "manifest.json", manifest)
         return run
@@ -167,17 +171,23 @@ class RunDir(RunFiles):
 
     # Prompts
 
+    def pool_table(self, columns: list[str] | None = None) -> pa.Table:
+        """[P] columns of `POOL_SCHEMA`, in the pool's order."""
+        return self._read_table("pool.parquet", {"pool": self.stage_fingerprint("pool")}, columns)
+
     def pool(self) -> list[Prompt]:
         """[P] the distinct prompts, in the pool's order."""
-        table = self._read_table("pool.parquet", {"pool": self.stage_fingerprint("pool")})
-        return [_to_prompt(row) for row in table.to_pylist()]
+        return [_to_prompt(row) for row in self.pool_table().to_pylist()]
+
+    def validation_table(self) -> pa.Table:
+        """Columns of `VAL_SCHEMA`; no rows if the run has no validation data."""
+        if "val" not in self.manifest:
+            return VAL_SCHEMA.empty_table()
+        return self._read_table("val.parquet", {"val": self.stage_fingerprint("val")})
 
     def validation(self) -> list[tuple[Prompt, str]]:
         """(prompt, label) of the validation data; empty if the run has none."""
-        if "val" not in self.manifest:
-            return []
-        table = self._read_table("val.parquet", {"val": self.stage_fingerprint("val")})
-        return [(_to_prompt(row), row["label"]) for row in table.to_pylist()]
+        return [(_to_prompt(row), row["label"]) for row in self.validation_table().to_pylist()]
 
 
 def _prompt_row(prompt: Prompt, extra: dict[str, Any], label: str | None = None) -> dict[str, Any]:

@@ -8,11 +8,12 @@ Axes: P prompts.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.files import (
@@ -22,6 +23,7 @@ from pivottrace_verl.files import (
     read_table,
     write_json_atomic,
     write_table_atomic,
+    write_tables_atomic,
 )
 from pivottrace_verl.ledger import Ledger
 from pivottrace_verl.schemas import PLAN_SCHEMA, SCORE_SCHEMA
@@ -78,7 +80,8 @@ class RunFiles:
 
     def write_score_part(self, i: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """scores/part-0000i.parquet, one row a prompt, columns of `SCORE_SCHEMA`."""
-        self._write_table(f"scores/part-{i:05d}.parquet", rows, SCORE_SCHEMA, self._made_from())
+        name = f"scores/part-{i:05d}.parquet"
+        self._write_table(name, _from_rows(name, rows, SCORE_SCHEMA), self._made_from())
 
     def finished_parts(self) -> set[int]:
         """Numbers of the parts that are written."""
@@ -86,32 +89,64 @@ class RunFiles:
 
     def merge_scores(self) -> None:
         """All parts -> scores.parquet, in the pool's order. PivotTraceError unless every prompt
-        of the pool is there exactly once."""
+        of the pool is there exactly once, part after part as the pool has them."""
         made_from = self._made_from()
-        rows: dict[str, dict[str, Any]] = {}
+        pool = self._read_table("pool.parquet", {"pool": made_from["pool"]}, ["pt_id"])["pt_id"]
+        parts = self._parts_in_order(pool, made_from)
+        write_tables_atomic(self.path / "scores.parquet", parts, _note(made_from))
+
+    def _parts_in_order(
+        self, pool: pa.ChunkedArray, made_from: Mapping[str, str]
+    ) -> Iterator[pa.Table]:
+        """The parts, their rows in the pool's order."""
+        done = 0
+        schema: pa.Schema | None = None
         for i in sorted(self.finished_parts()):
             name = f"scores/part-{i:05d}.parquet"
-            for row in self._read_table(name, made_from).to_pylist():
-                if row["pt_id"] in rows:
-                    raise PivotTraceError(
-                        f"Prompt {row['pt_id']} is scored twice, the second time in {name}."
-                    )
-                rows[row["pt_id"]] = row
-        pool = self._read_table("pool.parquet", {"pool": made_from["pool"]})
-        ids = pool.column("pt_id").to_pylist()
-        missing = [i for i in ids if i not in rows]
-        if missing or len(rows) > len(ids):
-            raise PivotTraceError(
-                f"The scores in {self.path} are not complete: {len(missing)} of {len(ids)} prompts "
-                f"have none, {len(rows) + len(missing) - len(ids)} scored prompts are not in the "
-                "pool."
-            )
-        self._write_table("scores.parquet", [rows[i] for i in ids], SCORE_SCHEMA, made_from)
+            part = self._read_table(name, made_from)
+            schema = schema or part.schema
+            if not part.schema.equals(schema):
+                raise PivotTraceError(
+                    f"{name} in {self.path} has other columns than the parts before it: it was "
+                    "made by another version."
+                )
+            at = pc.index_in(pool.slice(done, part.num_rows), value_set=part["pt_id"])
+            if len(at) < part.num_rows or at.null_count:
+                raise self._not_complete(pool)
+            done += part.num_rows
+            yield part.take(at)
+        if done < len(pool):
+            raise self._not_complete(pool)
 
-    def scores(self) -> pa.Table:
-        """One row a prompt, in the pool's order; columns of `SCORE_SCHEMA`."""
+    def _not_complete(self, pool: pa.ChunkedArray) -> PivotTraceError:
+        """Why the parts are not the pool's prompts, each once and in order."""
+        scored: set[str] = set()
+        for i in sorted(self.finished_parts()):
+            name = f"scores/part-{i:05d}.parquet"
+            for pt_id in read_table(self.path / name, ["pt_id"])["pt_id"].to_pylist():
+                if pt_id in scored:
+                    return PivotTraceError(
+                        f"Prompt {pt_id} is scored twice, the second time in {name}."
+                    )
+                scored.add(pt_id)
+        ids = set(pool.to_pylist())
+        missing, strangers = len(ids - scored), len(scored - ids)
+        if missing or strangers:
+            return PivotTraceError(
+                f"The scores in {self.path} are not complete: {missing} of {len(ids)} prompts "
+                f"have none, {strangers} scored prompts are not in the pool."
+            )
+        return PivotTraceError(
+            f"The scores in {self.path} are not in the pool's order: a part holds prompts that "
+            "belong into another one."
+        )
+
+    def scores(self, *, rollouts: bool = True) -> pa.Table:
+        """One row a prompt, in the pool's order; columns of `SCORE_SCHEMA`. Without `rollouts`
+        that column, the bulk of the file, is not read."""
         self._need("scores.parquet", "scores")
-        return self._read_table("scores.parquet", self._made_from())
+        without = () if rollouts else ("rollouts",)
+        return self._read_table("scores.parquet", self._made_from(), without=without)
 
     # Probes and plan
 
@@ -136,13 +171,16 @@ class RunFiles:
             )
         return probes
 
-    def write_plan(self, rows: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> None:
+    def write_plan(
+        self, rows: pa.Table | Sequence[Mapping[str, Any]], info: Mapping[str, Any]
+    ) -> None:
         """plan.parquet (columns of `PLAN_SCHEMA`) and triage.json, each naming the scores."""
         made_from = {"scores": self.stage_fingerprint("scores")}
         probes = fingerprint(sorted(self.ledger().labels("probe").items()))
         info = {**info, "made_from": {**made_from, "probe_labels": probes}}
+        table = rows if isinstance(rows, pa.Table) else _from_rows("a plan", rows, PLAN_SCHEMA)
         write_json_atomic(self.path / "triage.json", info)
-        self._write_table("plan.parquet", rows, PLAN_SCHEMA, made_from)
+        self._write_table("plan.parquet", table, made_from)
 
     def plan(self) -> pa.Table:
         """One row a prompt, in the pool's order; PivotTraceError if the scores have changed."""
@@ -165,25 +203,19 @@ class RunFiles:
             )
         return path
 
-    def _write_table(
+    def _write_table(self, name: str, table: pa.Table, made_from: Mapping[str, str]) -> None:
+        write_table_atomic(self.path / name, table.replace_schema_metadata(_note(made_from)))
+
+    def _read_table(
         self,
         name: str,
-        rows: Sequence[Mapping[str, Any]],
-        schema: pa.Schema,
         made_from: Mapping[str, str],
-    ) -> None:
-        for row in rows:
-            if set(row) != set(schema.names):
-                odd = ", ".join(sorted(set(row) ^ set(schema.names)))
-                raise ValueError(f"a row of {name} lacks or should not have: {odd}")
-        table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
-        note = json.dumps(dict(made_from), sort_keys=True)
-        table = table.replace_schema_metadata({"pivottrace.made_from": note})
-        write_table_atomic(self.path / name, table)
-
-    def _read_table(self, name: str, made_from: Mapping[str, str]) -> pa.Table:
-        table = read_table(self.path / name)
-        note = json.loads((table.schema.metadata or {}).get(b"pivottrace.made_from", b"{}"))
+        columns: list[str] | None = None,
+        *,
+        without: Collection[str] = (),
+    ) -> pa.Table:
+        table = read_table(self.path / name, columns, without=without)
+        note = json.loads((table.schema.metadata or {}).get(_NOTE, b"{}"))
         for what, now in made_from.items():
             if note.get(what) != now:
                 raise PivotTraceError(
@@ -191,3 +223,19 @@ class RunFiles:
                     f"but the {what} is now {now}: make {name} again."
                 )
         return table
+
+
+_NOTE = b"pivottrace.made_from"
+
+
+def _note(made_from: Mapping[str, str]) -> dict[bytes, str]:
+    """Metadata of a table that says what it was made from."""
+    return {_NOTE: json.dumps(dict(made_from), sort_keys=True)}
+
+
+def _from_rows(name: str, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    for row in rows:
+        if set(row) != set(schema.names):
+            odd = ", ".join(sorted(set(row) ^ set(schema.names)))
+            raise ValueError(f"a row of {name} lacks or should not have: {odd}")
+    return pa.Table.from_pylist([dict(row) for row in rows], schema=schema)

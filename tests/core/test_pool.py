@@ -290,10 +290,8 @@ def test_probes_and_plan_are_refused_when_the_scores_have_changed(make_run, scor
     run = make_run()
     score_all(run, score_row)
     run.write_probes("entropy", 0, ["a"])
-    plan = [
-        {"pt_id": p.pt_id, "route": "drop", "uncertainty": 0.0, "rank": 1, "reason": "x"}
-        for p in run.pool()
-    ]
+    same = {"route": "drop", "uncertainty": 0.0, "rank": 1, "reason": "x", "cost": 1.0}
+    plan = [{"pt_id": p.pt_id, **same} for p in run.pool()]
     run.write_plan(plan, {"estimator": "entropy"})
     assert run.probes()["pt_ids"] == ["a"]
     assert run.plan().to_pylist() == plan
