@@ -33,10 +33,11 @@ def probe(
     from pivottrace_verl.planning import draw_probes
 
     with ExitStack() as stack:
-        chosen = draw_probes(opened(run, stack), estimator, n, seed)
+        drawn, broken = draw_probes(opened(run, stack), estimator, n, seed)
     ui.say(
-        f"{len(chosen)} probes chosen over the ranking by {estimator}; next: "
-        f"pivottrace annotate export {run} FILE --what probes"
+        f"{drawn} probes chosen over the ranking by {estimator}"
+        + (f", {broken} prompts whose rollouts are broken left out" if broken else "")
+        + f"; next: pivottrace annotate export {run} FILE --what probes"
     )
 
 

@@ -79,23 +79,25 @@ def make_plan(
     }
 
 
-def draw_probes(run: RunDir, estimator: str, n: int | None, seed: int) -> list[str]:
-    """Choose the probes over the ranking by `estimator` and write probes.json; returns their ids.
+def draw_probes(run: RunDir, estimator: str, n: int | None, seed: int) -> tuple[int, int]:
+    """Choose the probes over the ranking by `estimator` and write probes.json.
 
     Prompts whose rollouts are broken are left out: their labels would say nothing of the ranking.
+    Returns the numbers of probes and of prompts left out.
     """
     scores = run.scores(rollouts=False)
-    scores = scores.filter(pa.array(sound(scores, TriageConfig())))
-    u = uncertainty(scores, estimator)
-    ids = list(u)
-    if not ids:
+    judged = sound(scores, TriageConfig())
+    u = uncertainty(scores.filter(pa.array(judged)), estimator)
+    wanted, broken = n or default_probes(len(u)), int((~judged).sum())
+    if broken and not 1 <= wanted <= len(u):
         raise PivotTraceError(
-            f"No prompt of {run.path} can be a probe: most rollouts of each are truncated, "
-            "unparseable or timed out."
+            f"{wanted or 'Some'} probes were asked for, but the rollouts of {broken} of "
+            f"{len(judged)} prompts are mostly truncated, unparseable or timed out, which leaves "
+            f"{len(u)} to choose from."
         )
-    chosen = choose_probes(list(u.values()), ids, n or default_probes(len(ids)), seed)
+    chosen = choose_probes(list(u.values()), list(u), wanted, seed)
     run.write_probes(estimator, seed, chosen)
-    return chosen
+    return len(chosen), broken
 
 
 def list_route(run: RunDir, route: str, path: Path) -> int:

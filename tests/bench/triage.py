@@ -185,7 +185,7 @@ def main() -> None:
     options = parser.parse_args()
     sizes = [int(size) for size in options.sizes.split(",")]
     rows = []
-    load = os.getloadavg()[0]
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
     for n in sizes:
         with tempfile.TemporaryDirectory() as folder:
             run = make_run(Path(folder) / "run", n)
@@ -210,7 +210,8 @@ def main() -> None:
         "limits": LIMITS,
         "estimators": [n for n in SCORE_SCHEMA.names if n.startswith("uncertainty/")],
         "machine": machine(),
-        "load_at_start": round(load, 2),
+        "note": f"load average {load:.1f} on {cores} cores at the start"
+        + ("; wall time beyond processor time is mostly waiting" if load > 0.5 else ""),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("numpy", "pyarrow", "scipy")},

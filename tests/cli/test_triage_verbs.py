@@ -123,10 +123,11 @@ def files(folder: Path) -> dict[str, bytes]:
 
 def test_probes_are_not_drawn_among_broken_prompts(tmp_path: Path) -> None:
     run = make_run(tmp_path / "world")
-    done("probe", run, "--n", str(N - len(BROKEN)))
+    assert "3 prompts whose rollouts are broken" in done("probe", run, "--n", str(N - len(BROKEN)))
     broken = {RunDir.open(run).pool()[i].pt_id for i in BROKEN}
     assert not broken & set(RunDir.open(run).probes()["pt_ids"])
-    assert call("probe", run, "--n", str(N)).exit_code == 2
+    refused = call("probe", run, "--n", str(N))
+    assert refused.exit_code == 2 and f"leaves {N - len(BROKEN)} to choose from" in refused.stderr
 
 
 def test_the_summary_says_thresholds_with_intervals_costs_and_how_to_list_the_broken(
@@ -229,6 +230,11 @@ def test_self_train_rows_come_on_request_without_a_ground_truth_and_say_so(
     probed: Path, tmp_path: Path
 ) -> None:
     done("triage", probed, "--budget", "24")
+    plan = RunDir.open(probed).plan().to_pylist()
+    # A label that came after the plan is of no use before the next one.
+    late = next(row["pt_id"] for row in plan if row["route"] == "self_train")
+    who = {"annotator": "ana", "source_file": "f", "purpose": "annotate"}
+    RunDir.open(probed).ledger().append([{"pt_id": late, "label": "7", **who}])
     text = done("export", probed, tmp_path / "out", "--with-self-train")
     assert "need our trainer" in text
     rows = pq.read_table(tmp_path / "out" / "train.parquet").to_pylist()
