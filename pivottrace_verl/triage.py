@@ -167,7 +167,6 @@ def _broken(table: pa.Table, cfg: TriageConfig) -> Codes:
 
     A cut-off text is named before what follows from it: that no answer could be read.
     """
-
     n: Floats = np.maximum(np.asarray(table["n_rollouts"], dtype=np.float64), 1)
 
     def share(name: str) -> Floats:
