@@ -16,7 +16,15 @@ from pivottrace_verl.errors import PivotTraceError
 if TYPE_CHECKING:
     from pivottrace_verl.triage import Plan
 
-_SHOWN = ("estimator", "auroc", "auroc_within_length", "spearman", "p_value", "direction")
+_SHOWN = (
+    "estimator",
+    "auroc",
+    "auroc_within_length",
+    "spearman",
+    "p_value",
+    "p_adjusted",
+    "direction",
+)
 """Columns of the estimator table that fit on a terminal; --json has all."""
 
 
@@ -217,7 +225,7 @@ def export(
         Path, typer.Argument(help="The folder to write to; with --route a .jsonl or .csv file.")
     ],
     with_self_train: Annotated[
-        bool, typer.Option(help="Add the rows without a label, which need our trainer.")
+        bool, typer.Option(help="Add the rows without a label, which need `pivottrace train`.")
     ] = False,
     route: Annotated[
         str | None, typer.Option(help="List the prompts of one route, such as review, instead.")

@@ -100,7 +100,7 @@ class Exported:
     labelled: int
     """Training rows with a bought label."""
     self_train: int
-    """Training rows without one: the votes of our trainer take its place."""
+    """Training rows without one: our trainer votes in its place."""
     left_out: int
     """self_train prompts that are not in the file."""
     validation: int
@@ -111,13 +111,13 @@ class Exported:
         out = [f"{self.labelled} labelled prompts written to {folder / 'train.parquet'}."]
         if self.self_train:
             out.append(
-                f"{self.self_train} self_train rows there have a null ground truth and need our "
-                "trainer (`pivottrace train`): stock verl cannot reward them."
+                f"{self.self_train} self_train rows there have a null ground truth and need "
+                "PivotTrace's trainer (`pivottrace train`): stock verl cannot reward them."
             )
         if self.left_out:
             out.append(
                 f"{self.left_out} self_train prompts have no label and are left out; "
-                "--with-self-train adds them for our trainer."
+                "--with-self-train adds them for PivotTrace's trainer."
             )
         out.append(
             f"{self.validation} validation prompts written to {folder / 'val.parquet'}."

@@ -236,7 +236,7 @@ def test_self_train_rows_come_on_request_without_a_ground_truth_and_say_so(
     who = {"annotator": "ana", "source_file": "f", "purpose": "annotate"}
     RunDir.open(probed).ledger().append([{"pt_id": late, "label": "7", **who}])
     text = done("export", probed, tmp_path / "out", "--with-self-train")
-    assert "need our trainer" in text
+    assert "need PivotTrace's trainer" in text
     rows = pq.read_table(tmp_path / "out" / "train.parquet").to_pylist()
     routes = {row["extra_info"]["route"] for row in rows}
     assert routes == {"annotate", "self_train"}
