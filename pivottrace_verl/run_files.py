@@ -174,13 +174,15 @@ class RunFiles:
     def write_plan(
         self, rows: pa.Table | Sequence[Mapping[str, Any]], info: Mapping[str, Any]
     ) -> None:
-        """plan.parquet (columns of `PLAN_SCHEMA`) and triage.json, each naming the scores."""
+        """plan.parquet (columns of `PLAN_SCHEMA`) and triage.json, each naming the scores. In rows
+        that are dicts a cost is 1 unless given."""
         made_from = {"scores": self.stage_fingerprint("scores")}
         probes = fingerprint(sorted(self.ledger().labels("probe").items()))
         info = {**info, "made_from": {**made_from, "probe_labels": probes}}
-        table = rows if isinstance(rows, pa.Table) else _from_rows("a plan", rows, PLAN_SCHEMA)
+        if not isinstance(rows, pa.Table):
+            rows = _from_rows("the plan", [{"cost": 1.0, **row} for row in rows], PLAN_SCHEMA)
         write_json_atomic(self.path / "triage.json", info)
-        self._write_table("plan.parquet", table, made_from)
+        self._write_table("plan.parquet", rows, made_from)
 
     def plan(self) -> pa.Table:
         """One row a prompt, in the pool's order; PivotTraceError if the scores have changed."""

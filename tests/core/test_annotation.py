@@ -67,14 +67,7 @@ def test_an_exported_queue_holds_the_prompts_in_order_with_an_empty_label(
     run.write_score_part(0, [score_row(i, [("-5", 4)]) for i in ids])
     run.merge_scores()
     plan = [
-        {
-            "pt_id": i,
-            "route": "annotate",
-            "uncertainty": k / 11,
-            "rank": 12 - k,
-            "reason": "x",
-            "cost": 1.0,
-        }
+        {"pt_id": i, "route": "annotate", "uncertainty": k / 11, "rank": 12 - k, "reason": "x"}
         for k, i in enumerate(ids)
     ]
     run.write_plan(plan, {})
