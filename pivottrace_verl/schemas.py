@@ -59,5 +59,7 @@ PLAN_SCHEMA = pa.schema(
         # 1 = most uncertain.
         ("rank", pa.int64()),
         ("reason", pa.string()),
+        # Of the prompt's label, bought or not.
+        ("cost", pa.float64()),
     ]
 )

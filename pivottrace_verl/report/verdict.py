@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
+import pyarrow as pa
+
 from pivottrace_verl.calibration import Outcome, calibrate, outcomes
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.pool import RunDir
 from pivottrace_verl.ranking import Uninformative, estimator_table, uncertainty
-from pivottrace_verl.triage import TriageConfig, triage
+from pivottrace_verl.triage import TriageConfig, sound, triage
 
 FEWEST = 8
 """Labelled probes below which no curve is drawn."""
@@ -41,11 +43,13 @@ def probe_view(run: RunDir, manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
     if not (run.path / "scores.parquet").exists():
         return view
-    scores = run.scores()
+    scores = run.scores(rollouts=False)
     labels = run.ledger().labels()
     drawn = set(run.probes()["pt_ids"]) if (run.path / "probes.json").exists() else set()
     probed = {pt_id: label for pt_id, label in labels.items() if pt_id in drawn}
     found = outcomes(scores, probed, manifest["answers"]["kind"])
+    settings = run.triage()["config"] if view["triaged"] else None
+    found = _judged(scores, found, settings or asdict(_planned_config(run, manifest)))
     if view["triaged"]:
         info = run.triage()
         if not isinstance(info.get("curve"), dict):
@@ -81,6 +85,14 @@ def probe_view(run: RunDir, manifest: Mapping[str, Any]) -> dict[str, Any]:
         for outcome in found
     ]
     return view
+
+
+def _judged(scores: Any, found: Sequence[Outcome], config: Mapping[str, Any]) -> list[Outcome]:
+    """The probes that calibration looks at: without those set apart for review."""
+    names = ("max_unanswered", "max_truncated")
+    limits = TriageConfig(**{name: config[name] for name in names if name in config})
+    broken = set(scores["pt_id"].filter(pa.array(~sound(scores, limits))).to_pylist())
+    return [outcome for outcome in found if outcome.pt_id not in broken]
 
 
 def _so_far(
