@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from pivottrace_verl.annotation.tables import read_rows
+from pivottrace_verl.annotation.formats import table_of
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.files import first_line, read_table
 from pivottrace_verl.plan import TriageConfig
@@ -220,7 +220,7 @@ def _costs_of_parquet(path: Path) -> tuple[pa.Array, Floats]:
 
 
 def _costs_of_rows(path: Path) -> tuple[pa.Array, Floats]:
-    rows = [row for _, row in read_rows(path, ("pt_id", "cost"))]
+    rows = [row for _, row in table_of(path).rows(path, ("pt_id", "cost"))]
     try:
         named = pa.array([row["pt_id"] for row in rows], pa.string())
     except UnicodeEncodeError as error:

@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pivottrace_verl.annotation.tables import write_rows
+from pivottrace_verl.annotation.formats import table_of
 from pivottrace_verl.budget import read_costs
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.evaluation import evaluate
@@ -122,7 +122,7 @@ def list_route(run: RunDir, route: str, path: Path) -> int:
     columns = columns.append_column("data_source", pool["data_source"])
     columns = columns.append_column("prompt", pool["prompt"]).sort_by("rank")
     rows = [{**row, "prompt": render(row["prompt"])} for row in columns.to_pylist()]
-    write_rows(path, rows, columns.column_names)
+    table_of(path).write(path, rows, columns.column_names)
     return len(rows)
 
 
