@@ -54,41 +54,37 @@ def deal(
     order[1:] = rng.permuted(order[1:], axis=1)
     rates, wrongs = rate[order].T, wrong[order].T
     rate_ranks = rankdata(rate)[order].T
-    rhos, areas, held = [], [], {}
-    for score in scores.values():
-        seen = known(score)
-        ranks = np.broadcast_to(rankdata(score[seen])[:, None], (int(seen.sum()), count))
-        against = rate_ranks if seen.all() else rankdata(rates[seen], axis=0)
-        rhos.append(_correlation(ranks, against))
-        areas.append(_area(ranks, wrongs[seen]))
-    for name, x in designs.items():
-        values = out_of_fold(x, rates)
-        held[name] = values[:, 0].copy()
+    rhos, areas = [], []
+    held = {name: out_of_fold(x, rates) for name, x in designs.items()}
+    for values in [*(score[:, None] for score in scores.values()), *held.values()]:
         seen = known(values[:, 0])
         ranks = rankdata(values[seen], axis=0)
         against = rate_ranks if seen.all() else rankdata(rates[seen], axis=0)
-        rhos.append(_correlation(ranks, against))
-        areas.append(_area(ranks, wrongs[seen]))
+        rhos.append(np.broadcast_to(_correlation(ranks, against), count))
+        areas.append(np.broadcast_to(_area(ranks, wrongs[seen]), count))
     stacked = [np.stack(part, axis=1) if part else np.empty((count, 0)) for part in (rhos, areas)]
-    return Deals([*scores, *designs], stacked[0], stacked[1], held)
+    first = {name: values[:, 0].copy() for name, values in held.items()}
+    return Deals([*scores, *designs], stacked[0], stacked[1], first)
 
 
 def _correlation(x: Floats, y: Floats) -> Floats:
-    """[B] of the columns of [N, B] ranks."""
+    """[B] of the columns of ranks [N, B]; those of x may be one for all, [N, 1]."""
     if len(x) < 3:
-        return np.full(x.shape[1], np.nan)
+        return np.full(1, np.nan)
     a, b = x - x.mean(axis=0), y - y.mean(axis=0)
-    spread = np.sqrt((a * a).sum(axis=0) * (b * b).sum(axis=0))
-    together = (a * b).sum(axis=0)
-    return ratio(together, np.where(spread > 1e-9, spread, 0.0))
+    spread = np.sqrt(_dot(a, a) * _dot(b, b))
+    return ratio(_dot(a, b), np.where(spread > 1e-9, spread, 0.0))
 
 
 def _area(ranks: Floats, wrong: Bools) -> Floats:
-    """[B] AUROC from the ranks, [N, B] each."""
+    """[B] AUROC from the ranks, [N, B] or [N, 1], and the outcomes [N, B]."""
     n = wrong.sum(axis=0).astype(np.float64)
-    pairs = n * (len(wrong) - n)
-    concordant = np.where(wrong, ranks, 0.0).sum(axis=0) - n * (n + 1) / 2
-    return ratio(concordant, pairs)
+    return ratio(_dot(ranks, wrong.astype(np.float64)) - n * (n + 1) / 2, n * (len(wrong) - n))
+
+
+def _dot(x: Floats, y: Floats) -> Floats:
+    """[B] of the columns, without an array for their products."""
+    return np.asarray(np.einsum("nb,nb->b", x, y))
 
 
 def p_values(statistic: Floats, sides: NDArray[np.int64]) -> tuple[Floats, Floats]:

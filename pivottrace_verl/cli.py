@@ -21,6 +21,7 @@ import typer
 from pivottrace_verl import ui
 from pivottrace_verl.cli_annotate import annotate_app
 from pivottrace_verl.cli_base import AsJson, RunPath, Seed, opened, told
+from pivottrace_verl.cli_estimators import estimators
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.pool import RunDir
 
@@ -32,6 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(annotate_app, name="annotate")
+app.command()(estimators)
 
 
 @app.command()
@@ -174,6 +176,9 @@ def triage(
     min_spearman: Annotated[
         float, typer.Option(help="Rank correlation with failure that a ranking needs.")
     ] = 0.1,
+    alpha: Annotated[
+        float, typer.Option(help="Largest p value of that correlation; 1 asks for none.")
+    ] = 0.05,
     fallback: Annotated[
         bool, typer.Option(help="If the probes refuse the estimator, take the one they name.")
     ] = False,
@@ -192,6 +197,7 @@ def triage(
         mastered=mastered,
         trusted=trusted,
         min_spearman=min_spearman,
+        alpha=alpha,
     )
     with ExitStack() as stack:
         opened_run = opened(run, stack)

@@ -13,24 +13,18 @@ form, so the permutation test can fit it anew on every permutation of the outcom
 Axes: P prompts, N probes, D columns, B sets of outcomes (1, or the permutations).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from pivottrace_verl.calibration import PREFIX, Floats
 from pivottrace_verl.score_columns import FEATURES, Probed, numbers
 
-CHEAP = (
-    "entropy",
-    "self_certainty",
-    "consistency",
-    "neg_logprob",
-    "length",
-    "fork_density",
-)
+CHEAP = ("entropy", "entropy_forks", "self_certainty", "nll", "consistency", "length")
 """Estimators that cost nothing once the rollouts are there."""
 FITTED = ("calibrated", "calibrated_all")
 FEWEST_OF_A_CLASS = 8
@@ -45,11 +39,17 @@ MANY = 1000
 
 def columns_for(name: str, available: Sequence[str]) -> list[str]:
     """The columns of the scores that a fitted estimator sees; none without features."""
-    attention = [c for c in available if c.startswith((FEATURES, f"{PREFIX}pivot"))]
-    if not any(c.startswith(FEATURES) for c in attention):
+    features = [c for c in available if c.startswith(FEATURES)]
+    if not features:
         return []
+    # A pivot density may be kept as a feature, too: once is enough.
+    pivots = [
+        c
+        for c in available
+        if c.startswith(f"{PREFIX}pivot") and FEATURES + c.removeprefix(PREFIX) not in available
+    ]
     cheap = [PREFIX + n for n in CHEAP if PREFIX + n in available]
-    return attention + (cheap if name == "calibrated_all" else [])
+    return features + pivots + (cheap if name == "calibrated_all" else [])
 
 
 def design(columns: dict[str, Floats], names: Sequence[str]) -> Floats:
@@ -99,10 +99,11 @@ def _standard(x: Floats, mean: Floats, scale: Floats) -> Floats:
 
 
 def fit(x: Floats, rate: Floats) -> Fit:
-    """[N, D], [N, B] pass rates -> the fit whose penalty has the least leave-one-out error.
+    """[N, D], [N, B] pass rates -> ridge regression on standardised columns.
 
-    Rows without any known column take no part. Equal to scikit-learn's RidgeCV on standardised
-    columns, but with all B outcomes at once, which the permutation test needs.
+    The penalty has the least generalised cross-validation error (Golub, Heath and Wahba 1979:
+    leave-one-out, in closed form and free of the choice of axes), for each of the B outcomes. Rows
+    without any known column take no part.
     """
     seen = ~np.isnan(x).all(axis=1)
     x, y = x[seen], rate[seen]
@@ -111,21 +112,17 @@ def fit(x: Floats, rate: Floats) -> Fit:
     count = np.maximum(known.sum(axis=0), 1)
     mean = np.where(known, x, 0.0).sum(axis=0) / count
     spread = np.sqrt((np.where(known, x - mean, 0.0) ** 2).sum(axis=0) / count)
-    scale = np.where(spread > 1e-12 * np.maximum(np.abs(mean), 1e-12), spread, 1.0)
+    scale = np.where(spread > 1e-9 * np.abs(mean) + 1e-300, spread, 1.0)
     y = y - y.mean(axis=0)
     u, s, vt = np.linalg.svd(_standard(x, mean, scale), full_matrices=False)
     along = u.T @ y
-    best = np.full(y.shape[1], np.inf)
-    strength, shrunk = np.zeros(y.shape[1]), np.zeros_like(along)
-    for level in STRENGTHS:
-        gain = s**2 / (s**2 + level * n)
-        leverage = 1 / n + (u**2) @ gain
-        errors = (y - (u * gain) @ along) / (1 - leverage)[:, None]
-        error = np.einsum("nb,nb->b", errors, errors)
-        better = error < best
-        best = np.where(better, error, best)
-        strength = np.where(better, level, strength)
-        shrunk = np.where(better, (s / (s**2 + level * n))[:, None] * along, shrunk)
+    gain = s**2 / (s**2 + STRENGTHS[:, None] * n)
+    # [strengths, B] sum of squared residuals, and [strengths] residual degrees of freedom.
+    rest = np.einsum("nb,nb->b", y, y) - (1 - (1 - gain) ** 2) @ along**2
+    free = n - 1 - gain.sum(axis=1)
+    best = np.argmin(rest / np.maximum(free, 1e-9)[:, None] ** 2, axis=0)
+    strength = STRENGTHS[best]
+    shrunk = (s[:, None] / (s[:, None] ** 2 + strength * n)) * along
     return Fit(mean, scale, -(vt.T @ shrunk), strength)
 
 
@@ -133,16 +130,24 @@ def out_of_fold(x: Floats, rate: Floats, seed: int = 0) -> Floats:
     """[N, D], [N, B] -> [N, B] uncertainty of each probe by fits that have not seen it: the mean
     over repeated 5-fold cross-validations. The folds do not look at the outcomes, so that a
     permutation of these is as good as another."""
-    n = len(x)
-    rng = np.random.Generator(np.random.PCG64([seed, n]))
     out = np.zeros(rate.shape)
-    repeats = REPEATS if n <= MANY else 1
-    for _ in range(repeats):
-        for held in np.array_split(rng.permutation(n), FOLDS):
-            rest = np.setdiff1d(np.arange(n), held)
-            out[held] += fit(x[rest], rate[rest]).values(x[held]) / repeats
+    for rest, held in folds(len(x), seed):
+        out[held] += fit(x[rest], rate[rest]).values(x[held])
     out[np.isnan(x).all(axis=1)] = np.nan
-    return out
+    return out / repeats(len(x))
+
+
+def repeats(n: int) -> int:
+    """Times that n probes are dealt into folds."""
+    return REPEATS if n <= MANY else 1
+
+
+def folds(n: int, seed: int) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """(rows to fit on, rows held out) of the repeated 5-fold cross-validations."""
+    rng = np.random.Generator(np.random.PCG64([seed, n]))
+    for _ in range(repeats(n)):
+        for held in np.array_split(rng.permutation(n), FOLDS):
+            yield np.setdiff1d(np.arange(n), held), held
 
 
 def pool_values(table: pa.Table, probed: Probed, name: str) -> Floats:

@@ -12,25 +12,45 @@ its permutation p value at most `alpha`; one-sided where the direction is given,
 probes choose it. Where the probes choose the estimator, too (`auto`, and the one a refusal names),
 it has to pass with the p value adjusted for all that were tried; the strongest that does is taken.
 
+Measured on synthetic pools, 64 probes, 9 estimators and 2 fitted ones: the size alone passed an
+uninformative estimator in 42% of 600 pools, with the p value in 7%; `auto` found one to take in 4%.
+Taking the strongest loses nothing to the one-standard-error rule with cheap estimators first: the
+chosen one's Spearman on the rest of the pool was 0.70 against 0.71 where consistency knew all, 0.72
+against 0.71 where pivots did, 0.54 against 0.51 where several knew something (60 pools each).
+
 Axes: P prompts, N probes.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from pivottrace_verl.calibration import Floats, Outcome, rank01
 from pivottrace_verl.errors import PivotTraceError
-from pivottrace_verl.evidence import Evidence, estimator_table, gather, strength
-from pivottrace_verl.fitted import FITTED, pool_values, why_not
+from pivottrace_verl.evidence import RANDOM, Evidence, estimator_table, gather, strength
+from pivottrace_verl.fitted import (
+    FITTED,
+    FOLDS,
+    columns_for,
+    design,
+    fit,
+    folds,
+    out_of_fold,
+    pool_values,
+    why_not,
+)
 from pivottrace_verl.plan import AUTO, TriageConfig
-from pivottrace_verl.probe_statistics import auroc, spearman
+from pivottrace_verl.probe_statistics import auroc, known, spearman
 from pivottrace_verl.score_columns import as_table, estimator_values, ids_of, probe_columns
 
 __all__ = [
     "Ranking",
     "Uninformative",
     "auroc",
+    "chosen_out_of_fold",
     "estimator_table",
     "problem",
     "rank_pool",
@@ -121,6 +141,48 @@ def serving(evidence: Evidence, cfg: TriageConfig, direction: str = AUTO) -> lis
     ]
 
 
+def chosen_out_of_fold(evidence: Evidence) -> float:
+    """Spearman with the pass rate of *choosing* the strongest estimator, negative is good.
+
+    Estimator and direction are chosen on four fifths of the probes and judged on the last fifth;
+    mean over the folds of repeated cross-validations, in which a choice that ties all its fold
+    counts 0. The correlation of the chosen one on all probes is larger by the luck of the choice.
+    NaN with fewer than 15 probes, whose folds would have fewer than 3.
+    """
+    probed = evidence.probed
+    if len(probed.pass_rate) < 3 * FOLDS:
+        return math.nan
+    found = []
+    for rest, held in folds(len(probed.pass_rate), seed=1):
+        candidates = []
+        for name in evidence.deals.names:
+            if name == RANDOM:
+                continue
+            if name in FITTED:
+                x = design(probed.columns, columns_for(name, list(probed.columns)))
+                rate = probed.pass_rate[:, None]
+                learned = out_of_fold(x[rest], rate[rest])[:, 0]
+                values = fit(x[rest], rate[rest]).values(x[held])[:, 0]
+                rho, sign = _known_spearman(learned, probed.pass_rate[rest]), 1.0
+            else:
+                score = evidence.scores[name]
+                rho = _known_spearman(score[rest], probed.pass_rate[rest])
+                sign = -1.0 if rho > 0 else 1.0
+                values = score[held]
+            candidates.append((sign * rho, name, sign * values))
+        if candidates:
+            best = min(candidates, key=lambda c: c[:2])
+            found.append(_known_spearman(best[2], probed.pass_rate[held]))
+    return float(np.mean(found)) if found else math.nan
+
+
+def _known_spearman(score: Floats, rate: Floats) -> float:
+    """0 where it does not exist."""
+    seen = known(score)
+    rho = spearman(score[seen], rate[seen])[0]
+    return 0.0 if math.isnan(rho) else rho
+
+
 def problem(evidence: Evidence, cfg: TriageConfig, row: dict[str, Any]) -> str | None:
     """Why the probes do not confirm an estimator, given its row of the table; None if they do."""
     n, rho = len(evidence.probed.pass_rate), _rho(row, cfg)
@@ -128,9 +190,9 @@ def problem(evidence: Evidence, cfg: TriageConfig, row: dict[str, Any]) -> str |
         return f"it is not measured: none of the {n} probes has a value"
     if row["spearman"] is None:
         return f"it has the same value on all {row['n']} probes that have one"
-    its = f"its Spearman correlation with the pass rate of the {row['n']} probes is {rho:+.2f}"
+    its = f"its Spearman correlation with the pass rate of the {row['n']} probes is {rho:+.3f}"
     if rho > -cfg.min_spearman:
-        return f"{its}, but must be at most {-cfg.min_spearman:.2f}"
+        return f"{its}, but must be at most {-cfg.min_spearman:g}"
     p = evidence.p_values(None if cfg.direction == AUTO else cfg.direction)[0][row["estimator"]]
     if p > cfg.alpha:
         return f"{its}, but chance alone gives as much with p = {p:.2f}, above {cfg.alpha:g}"

@@ -53,7 +53,7 @@ def probe_view(run: RunDir, manifest: Mapping[str, Any]) -> dict[str, Any]:
         u = {row["pt_id"]: row["uncertainty"] for row in run.plan().to_pylist()}
     elif found:
         view |= _so_far(run, manifest, scores, found, set(labels))
-        u = uncertainty(scores, view["estimator"], view["direction"])
+        u = uncertainty(scores, view["estimator"], view["direction"], found)
         if view["curve"] is None and len(found) >= FEWEST:
             rows = [(u[o.pt_id], o.pass_rate, o.majority_right) for o in found]
             config = view["config"]
@@ -126,7 +126,8 @@ def ranking(run: RunDir, view: Mapping[str, Any]) -> dict[str, float]:
     if not (run.path / "scores.parquet").exists():
         return {}
     estimator, direction = view["estimator"] or "pivot_count", view["direction"] or "higher"
-    return uncertainty(run.scores(), estimator, direction)
+    probes = [Outcome(p["pt_id"], p["pass_rate"], p["majority_right"]) for p in view["probes"]]
+    return uncertainty(run.scores(), estimator, direction, probes)
 
 
 def zone(u: float, curve: Mapping[str, Any] | None) -> str:

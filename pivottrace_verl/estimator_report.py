@@ -1,0 +1,324 @@
+"""The estimator report: how well each estimator tells where the policy fails, and what to use.
+
+Contract: everything rests on the labelled probes. Points and intervals are in the direction that
+the probes give (0.5 is a coin toss, more is better); intervals are percentiles of a bootstrap over
+the probes, with direction and fits kept. The sentences are read off the numbers: nothing presumes
+that pivots win. The result is JSON-able, with None for what does not exist.
+
+    report = assess(scores, probes, TriageConfig(), draws=1000, seed=0)
+    report["estimators"], report["recommended"], report["sentences"]
+
+Axes: N probes, B bootstrap draws.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pivottrace_verl.calibration import Floats, Outcome
+from pivottrace_verl.chance import p_values
+from pivottrace_verl.evidence import RANDOM, Evidence, gather, none_if_nan, strength
+from pivottrace_verl.fitted import FITTED, explain
+from pivottrace_verl.plan import AUTO, TriageConfig
+from pivottrace_verl.probe_statistics import (
+    LEVEL,
+    aurcs,
+    aurocs,
+    aurocs_within,
+    bootstrap,
+    interval,
+    known,
+    spearmans,
+)
+from pivottrace_verl.ranking import chosen_out_of_fold, problem, serving
+
+STATISTICS = ("auroc", "auroc_within_length", "spearman", "aurc")
+CHEAPER = ("length", "entropy", "consistency")
+"""What pivots are compared with: none of them needs the attention."""
+HIDDEN_STATES = ("coe", "cot_kinetics")
+"""Estimators that need a replay of the rollouts."""
+Progress = Callable[[int, int, str], None]
+"""Called with (draws done, draws in all, what happened)."""
+
+
+def assess(
+    scores: Any,
+    probes: Sequence[Outcome],
+    cfg: TriageConfig,
+    *,
+    draws: int = 1000,
+    seed: int = 0,
+    costs: Mapping[str, float | None] | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """The whole report; see `_rows` for a row of `estimators`.
+
+    `costs` are seconds a prompt, by estimator. Raises PivotTraceError as `ranking.rank_pool` does.
+    """
+    evidence = gather(scores, probes)
+    n = len(evidence.probed.wrong)
+    sampled = _sampled(evidence, draws, seed, progress)
+    rows = _rows(evidence, sampled, costs or {})
+    best = next(iter(serving(evidence, cfg)), None)
+    report: dict[str, Any] = {
+        "probes": n,
+        "wrong_majorities": int(evidence.probed.wrong.sum()),
+        "bootstrap": {"draws": draws, "seed": seed, "level": LEVEL},
+        "alpha": cfg.alpha,
+        "min_spearman": cfg.min_spearman,
+        "estimators": rows,
+        "random_order": {"auroc": 0.5, "spearman": 0.0, "aurc": float(evidence.probed.wrong.mean())}
+        if n
+        else None,
+        "comparisons": _comparisons(evidence, rows, draws, seed),
+        "fitted": {
+            name: explain(evidence.probed, name)
+            for name in FITTED
+            if name not in evidence.not_offered
+        },
+        "not_offered": evidence.not_offered,
+        "recommended": None
+        if best is None
+        else {
+            "estimator": best["estimator"],
+            "direction": best["direction"],
+            "spearman": -strength(best),
+            "p_adjusted": best["p_adjusted"],
+        },
+        "choosing": {"spearman_out_of_fold": none_if_nan(chosen_out_of_fold(evidence))},
+        "configured": {"estimator": cfg.estimator, "refused": _refusal(evidence, cfg)},
+    }
+    report["sentences"] = sentences(report)
+    return report
+
+
+def cost_per_prompt(manifest: Mapping[str, Any], names: Sequence[str]) -> dict[str, float | None]:
+    """Seconds a prompt by estimator, from the manifest's timings; None where unknown.
+
+    All share the rollouts and are computed while these are made; hidden-state estimators need a
+    replay on top; random needs nothing.
+    """
+    n, timings = manifest.get("pool", {}).get("n_prompts"), manifest.get("timings", {})
+    shared, replay = timings.get("score"), timings.get("replay")
+    out: dict[str, float | None] = {}
+    for name in names:
+        parts = [shared, replay] if name in HIDDEN_STATES else [shared]
+        if name == RANDOM:
+            out[name] = 0.0
+        else:
+            out[name] = sum(parts) / n if n and None not in parts else None
+    return out
+
+
+def _directed(evidence: Evidence) -> dict[str, Floats]:
+    """[N] of every estimator, higher = more uncertain as the probes see it."""
+    sign = {
+        row["estimator"]: -1.0 if row["direction"] == "lower" else 1.0 for row in evidence.table
+    }
+    return {name: sign[name] * values for name, values in evidence.scores.items()}
+
+
+def _sampled(
+    evidence: Evidence, draws: int, seed: int, progress: Progress | None
+) -> dict[tuple[str, str], Floats]:
+    """(estimator, statistic) -> [1 + B], the probes themselves first."""
+    probed, directed = evidence.probed, _directed(evidence)
+    n = len(probed.wrong)
+    parts: dict[tuple[str, str], list[Floats]] = {}
+    done, once = 0, np.ones((1, n))
+    for weights in [once, *([] if n == 0 else bootstrap(n, draws, seed))]:
+        for name, score in directed.items():
+            seen = known(score)
+            w, x, wrong = weights[:, seen], score[seen], probed.wrong[seen]
+            found = (
+                aurocs(w, x, wrong),
+                aurocs_within(w, x, wrong, probed.length[seen]),
+                spearmans(w, x, probed.pass_rate[seen]),
+                aurcs(w, x, wrong),
+            )
+            for statistic, values in zip(STATISTICS, found, strict=True):
+                parts.setdefault((name, statistic), []).append(values)
+        done += len(weights)
+        if progress is not None:
+            progress(done - 1, draws, "intervals")
+    return {key: np.concatenate(values) for key, values in parts.items()}
+
+
+def _estimate(values: Floats, level: float = LEVEL) -> dict[str, float | None]:
+    low, high = interval(values[1:], level)
+    return {
+        "point": none_if_nan(float(values[0])),
+        "low": none_if_nan(low),
+        "high": none_if_nan(high),
+    }
+
+
+def _rows(
+    evidence: Evidence,
+    sampled: Mapping[tuple[str, str], Floats],
+    costs: Mapping[str, float | None],
+) -> list[dict[str, Any]]:
+    """One row an estimator, the strongest first: estimator, n, measured, direction, the statistics
+    as {point, low, high}, seconds_per_prompt, p_value and p_adjusted of the Spearman correlation,
+    p_auroc and p_auroc_adjusted of the AUROC."""
+    p, adjusted = _auroc_p_values(evidence)
+    return [
+        {
+            "estimator": row["estimator"],
+            "n": row["n"],
+            "measured": row["n"] > 0,
+            "direction": row["direction"],
+            **{name: _estimate(sampled[row["estimator"], name]) for name in STATISTICS},
+            "seconds_per_prompt": costs.get(row["estimator"]),
+            "p_value": row["p_value"],
+            "p_adjusted": row["p_adjusted"],
+            "p_auroc": p[row["estimator"]],
+            "p_auroc_adjusted": adjusted[row["estimator"]],
+        }
+        for row in evidence.table
+    ]
+
+
+def _auroc_p_values(
+    evidence: Evidence,
+) -> tuple[dict[str, float | None], dict[str, float | None]]:
+    """By permutation: that the AUROC is 0.5; and for all but random, adjusted for their number."""
+    deals = evidence.deals
+    sides = np.array([1 if name in FITTED else 0 for name in deals.names], dtype=np.int64)
+    tried = np.array([name != RANDOM for name in deals.names], dtype=bool)
+    adjusted = np.full(len(sides), np.nan)
+    adjusted[tried] = p_values(deals.auroc[:, tried], sides[tried])[1]
+    single = p_values(deals.auroc, sides)[0]
+    return (
+        {n: none_if_nan(float(v)) for n, v in zip(deals.names, single, strict=True)},
+        {n: none_if_nan(float(v)) for n, v in zip(deals.names, adjusted, strict=True)},
+    )
+
+
+def _comparisons(
+    evidence: Evidence, rows: Sequence[Mapping[str, Any]], draws: int, seed: int
+) -> list[dict[str, Any]]:
+    """The best pivot estimator's AUROC minus that of each cheaper one, on the probes that have
+    both, paired: each draw resamples the probes once for both. Intervals hold together
+    (Bonferroni), so that three chances to lose are no more than one."""
+    named = {row["estimator"]: row for row in rows if row["auroc"]["point"] is not None}
+    pivots = [name for name in named if name.startswith("pivot")]
+    cheaper = [name for name in CHEAPER if name in named]
+    if not pivots or not cheaper:
+        return []
+    # The most favourable of them, so that a loss is a loss of all.
+    best = max(pivots, key=lambda name: named[name]["auroc"]["point"])
+    directed, wrong = _directed(evidence), evidence.probed.wrong
+    out = []
+    for other in cheaper:
+        both = known(directed[best]) & known(directed[other])
+        n = int(both.sum())
+        a, b, bad = directed[best][both], directed[other][both], wrong[both]
+        values = np.concatenate(
+            [
+                aurocs(weights, a, bad) - aurocs(weights, b, bad)
+                for weights in [np.ones((1, n)), *bootstrap(n, draws, seed)]
+            ]
+        )
+        difference = _estimate(values, 1 - (1 - LEVEL) / len(cheaper))
+        if difference["point"] is not None:
+            out.append({"pivots": best, "against": other, "n": n, "difference": difference})
+    return out
+
+
+def _refusal(evidence: Evidence, cfg: TriageConfig) -> str | None:
+    """Why triage would refuse the configured estimator; None if it would not, or it is auto."""
+    if cfg.estimator == AUTO:
+        return None
+    row = next((r for r in evidence.table if r["estimator"] == cfg.estimator), None)
+    if row is None:
+        return evidence.not_offered.get(cfg.estimator, "the scores do not have it")
+    return problem(evidence, cfg, row)
+
+
+def sentences(report: Mapping[str, Any]) -> list[str]:
+    """What the numbers say, in plain words: chance, recommendation, default, pivots."""
+    return [_chance(report), _recommendation(report), *_default(report), _pivots(report)]
+
+
+def _chance(report: Mapping[str, Any]) -> str:
+    n, wrong, alpha = report["probes"], report["wrong_majorities"], report["alpha"]
+    if not 0 < wrong < n:
+        which = "wrong" if wrong else "right"
+        return f"All {n} majorities are {which}, so no estimator can be told from chance by AUROC."
+    tried = [row for row in report["estimators"] if row["p_auroc_adjusted"] is not None]
+    better = [row for row in tried if row["p_auroc_adjusted"] <= alpha]
+    how = (
+        f"(AUROC, permutation test with the largest of the {len(tried)} estimators tried, p at "
+        f"most {alpha:g})"
+    )
+    if not better:
+        return f"No estimator beats a random order {how}."
+    names = ", ".join(
+        f"{row['estimator']} ({row['auroc']['point']:.2f})"
+        for row in sorted(better, key=lambda row: -row["auroc"]["point"])
+    )
+    return f"Better than a random order: {names} {how}."
+
+
+def _recommendation(report: Mapping[str, Any]) -> str:
+    best, honest = report["recommended"], report["choosing"]["spearman_out_of_fold"]
+    if best is None:
+        return (
+            "Recommended: none. Nothing in the scores follows the probes' pass rates beyond "
+            "chance; label at random, buy more probes or score with more rollouts."
+        )
+    told = "" if honest is None else f"; {honest:+.2f} on probes left out of the choice"
+    name = best["estimator"]
+    flipped = name.startswith("pivot") and best["direction"] == "lower"
+    return (
+        f"Recommended: {name}, {best['direction']} = more uncertain"
+        + (", the opposite of the paper's direction" if flipped else "")
+        + f" (Spearman with the pass rate {best['spearman']:+.2f}{told})."
+    )
+
+
+def _default(report: Mapping[str, Any]) -> list[str]:
+    name, refused = report["configured"]["estimator"], report["configured"]["refused"]
+    if refused is not None:
+        return [f"Triage would refuse the estimator '{name}': {refused.rstrip('.')}."]
+    return [] if name == AUTO else [f"The probes confirm the estimator '{name}'."]
+
+
+def _pivots(report: Mapping[str, Any]) -> str:
+    found = report["comparisons"]
+    if not found:
+        return "Pivots could not be compared with length, entropy or consistency."
+    name = found[0]["pivots"]
+    lost = [c for c in found if (c["difference"]["high"] or 0.0) < 0]
+    won = [c for c in found if (c["difference"]["low"] or 0.0) > 0]
+    if lost:
+        return f"Pivots lose to something cheaper: {name} is below {_told(lost)}."
+    behind = [c for c in found if c["difference"]["point"] < 0]
+    if len(won) == len(found):
+        return f"Pivots beat what is cheaper: {name} is above {_told(won)}."
+    if behind:
+        return (
+            f"Pivots do not beat what is cheaper: {name} is below {_told(behind)}, "
+            "though these probes do not settle it."
+        )
+    return (
+        f"Pivots are ahead of what is cheaper, but these probes do not settle it: {name} against "
+        f"{_told([c for c in found if c not in won])}."
+    )
+
+
+def _told(comparisons: Sequence[Mapping[str, Any]]) -> str:
+    """`consistency by 0.10 AUROC [0.02, 0.18]`, for each."""
+    parts = []
+    for comparison in comparisons:
+        difference = comparison["difference"]
+        sign = math.copysign(1.0, difference["point"])
+        low, high = sorted((sign * difference["low"], sign * difference["high"]))
+        parts.append(
+            f"{comparison['against']} by {abs(difference['point']):.2f} AUROC "
+            f"[{low:.2f}, {high:.2f}]"
+        )
+    return ", ".join(parts)
