@@ -54,7 +54,7 @@ def estimators(
             draws=draws,
             seed=seed,
             costs=costs,
-            progress=bar and bar.update,
+            progress=None if bar is None else bar.update,
         )
     if picture is not None:
         write_bytes_atomic(picture, drawn(report))
