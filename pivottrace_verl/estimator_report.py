@@ -38,7 +38,7 @@ STATISTICS = ("auroc", "auroc_within_length", "spearman", "aurc")
 CHEAPER = ("length", "entropy", "consistency")
 """What pivots are compared with: none of them needs the attention."""
 HIDDEN_STATES = ("coe", "cot_kinetics")
-"""Estimators that need a replay of the rollouts."""
+"""Estimators that need a second pass over the rollouts."""
 Progress = Callable[[int, int, str], None]
 """Called with (draws done, draws in all, what happened)."""
 
@@ -97,18 +97,18 @@ def assess(
 def cost_per_prompt(manifest: Mapping[str, Any], names: Sequence[str]) -> dict[str, float | None]:
     """Seconds a prompt by estimator, from the manifest's timings; None where unknown.
 
-    All share the rollouts and are computed while these are made; hidden-state estimators need a
-    replay on top; random needs nothing.
+    All share the rollouts and are computed while these are made, so they cost the same; those of
+    the hidden states need a second pass over the rollouts on top; random needs nothing.
     """
     n, timings = manifest.get("pool", {}).get("n_prompts"), manifest.get("timings", {})
-    shared, replay = timings.get("score"), timings.get("replay")
+    parts = [timings[name] for name in ("score_generating", "score_own") if name in timings]
+    shared = sum(parts) if parts else timings.get("score")
+    again = timings.get("score_hidden_states") or None  # 0: there was no second pass.
     out: dict[str, float | None] = {}
     for name in names:
-        parts = [shared, replay] if name in HIDDEN_STATES else [shared]
-        if name == RANDOM:
-            out[name] = 0.0
-        else:
-            out[name] = sum(parts) / n if n and None not in parts else None
+        needed = [shared, again] if name in HIDDEN_STATES else [shared]
+        known_all = n and None not in needed
+        out[name] = 0.0 if name == RANDOM else (sum(needed) / n if known_all else None)
     return out
 
 

@@ -1,11 +1,10 @@
 """The estimator report as one picture: a self-contained SVG of points and intervals.
 
 Contract: one row an estimator, the strongest first, and one panel a statistic; a thin line marks
-what a random order gives. Colours are the report page's, light and dark.
+what a random order gives. The style is plain enough for viewers that know no CSS variables.
 """
 
 from collections.abc import Mapping
-from importlib.resources import files
 from typing import Any
 from xml.etree import ElementTree as ET
 
@@ -17,7 +16,17 @@ PANELS = {
     "spearman": "Spearman with the pass rate",
     "aurc": "area under risk-coverage",
 }
-_ROW, _NAMES, _PANEL, _TOP, _BOTTOM = 24, 170, 210, 44, 52
+STYLE = """
+text { fill: #59616b; font-size: 12px }
+.strong { fill: #1a1d21; font-weight: 600 }
+.page { fill: #ffffff }
+.gridline { stroke: #d9dde3; fill: none }
+.threshold { stroke: #1a1d21; stroke-width: 1.5; stroke-dasharray: 3 3 }
+.line.signal, .line.pivot { stroke-width: 2.5; stroke-linecap: round; fill: none }
+.signal { stroke: #59616b; fill: #59616b }
+.pivot { stroke: #c75200; fill: #c75200 }
+"""
+_ROW, _NAMES, _PANEL, _TOP, _BOTTOM = 24, 216, 210, 44, 52
 
 
 def picture(report: Mapping[str, Any]) -> bytes:
@@ -28,25 +37,27 @@ def picture(report: Mapping[str, Any]) -> bytes:
     canvas = Plot(f"Estimators on {report['probes']} probes", (0, 1), (0, 1), width, height)
     canvas.root.set("xmlns", "http://www.w3.org/2000/svg")
     canvas.root.set("font-family", "system-ui, 'Segoe UI', 'DejaVu Sans', sans-serif")
-    canvas.root.set("style", "background: var(--page)")
-    style = ET.SubElement(canvas.root, "style")
-    style.text = files("pivottrace_verl.report").joinpath("style.css").read_text(encoding="utf-8")
+    ET.SubElement(canvas.root, "style").text = STYLE
+    page = {"class": "page", "width": str(width), "height": str(height)}
+    ET.SubElement(canvas.root, "rect", page)
     best = (report["recommended"] or {}).get("estimator")
     for i, row in enumerate(rows):
         y = _TOP + _ROW * (i + 0.5) + 4
         arrow = {"higher": " \u2191", "lower": " \u2193"}.get(row["direction"], "")
-        name = row["estimator"] + (arrow if row["measured"] else " (not measured)")
-        canvas.label(_NAMES - 12, y, name, "strong" if row["estimator"] == best else "tick", "end")
+        weight = "strong" if row["estimator"] == best else "tick"
+        canvas.label(_NAMES - 12, y, row["estimator"] + arrow, weight, "end")
+        if not row["measured"]:
+            canvas.label(_NAMES + 6, y, "not measured", "tick")
     for i, (statistic, title) in enumerate(PANELS.items()):
         panel = _panel(report, statistic, title, height)
         panel.root.set("x", str(_NAMES + i * _PANEL))
         canvas.root.append(panel.root)
     level = report["bootstrap"]["level"]
     canvas.label(
-        _NAMES,
+        12,
         height - 6,
         f"Point and {level:.0%} bootstrap interval over {report['probes']} probes; dashed: a "
-        "random order. Arrow: which end is uncertain. Bold: recommended.",
+        "random order. Arrow: which end is uncertain. Bold: recommended; orange: pivots.",
         "tick",
     )
     drawn: bytes = ET.tostring(canvas.root, encoding="utf-8", xml_declaration=True)
@@ -57,12 +68,7 @@ def _panel(report: Mapping[str, Any], statistic: str, title: str, height: int) -
     rows = report["estimators"]
     chance = dict(report["random_order"] or {})
     chance["auroc_within_length"] = chance.get("auroc")
-    known = [
-        value
-        for row in rows
-        for value in row[statistic].values()
-        if value is not None
-    ]  # fmt: skip
+    known = [v for row in rows for v in row[statistic].values() if v is not None]
     line = chance.get(statistic)
     low, high = span([*known, *([] if line is None else [line])])
     room = 0.04 * (high - low)
@@ -72,9 +78,9 @@ def _panel(report: Mapping[str, Any], statistic: str, title: str, height: int) -
     )  # fmt: skip
     plot.label(plot.left, 24, title, "strong")
     base = height - _BOTTOM
-    for t in ticks(*plot.x, 3):
+    for t in ticks(*plot.x, 4):
         x = plot.px(t)
-        plot.line([t, t], plot.y, "gridline")
+        plot.rule(t, "gridline")
         plot.label(x, base + 16, number(t), "tick", "middle")
     if line is not None:
         plot.rule(line, "threshold")
@@ -83,7 +89,7 @@ def _panel(report: Mapping[str, Any], statistic: str, title: str, height: int) -
         if value["point"] is None:
             continue
         kind = "pivot" if row["estimator"].startswith("pivot") else "signal"
-        plot.line([value["low"] or value["point"], value["high"] or value["point"]], [y, y], kind)
-        told = f"{row['estimator']}: {value['point']:.3f}"
-        plot.point(value["point"], y, f"{kind} solid", told)
+        if value["low"] is not None:
+            plot.line([value["low"], value["high"]], [y, y], kind)
+        plot.point(value["point"], y, kind, f"{row['estimator']}: {value['point']:.3f}")
     return plot
