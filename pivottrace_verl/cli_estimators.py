@@ -89,7 +89,7 @@ def _labelled_probes(run: RunDir, scores: Any) -> list[Outcome]:
 
 
 def _table(report: Mapping[str, Any]) -> Table:
-    """At most 100 columns wide: names of up to 27 letters, 99,999 probes."""
+    """At most 100 columns wide: names of up to 27 letters, up to 9,999 probes."""
     level = report["bootstrap"]["level"]
     out = Table(
         title=f"Estimators on {report['probes']} probes, {report['wrong_majorities']} with a wrong "
@@ -97,6 +97,7 @@ def _table(report: Mapping[str, Any]) -> Table:
         title_justify="left",
         box=None,
         padding=(0, 1, 0, 0),
+        pad_edge=False,
     )
     for column in ("", "estimator", "n", "AUROC", "within length", "Spearman", "AURC", "cost s"):
         out.add_column(column, no_wrap=True)
@@ -126,5 +127,4 @@ def _interval(value: Mapping[str, float | None]) -> str:
 def _short(value: float | None) -> str:
     if value is None:
         return "-"
-    text = f"{value:.2f}"
-    return text.replace("0.", ".", 1) if abs(value) < 0.995 else text
+    return f"{value:.2f}".replace("0.", ".", 1) if abs(value) < 0.995 else f"{value:.1f}"

@@ -67,7 +67,7 @@ def estimator_table(scores: Any, probes: Iterable[Outcome]) -> list[dict[str, An
     rate; p_value: of it by permutation, two-sided (one-sided for fitted ones); p_adjusted: the same
     for the number of estimators tried (None for random); direction: `higher` if higher scores are
     the uncertain ones, `lower` if the probes say the opposite, None if undefined. In order of
-    `strength`, descending.
+    `strength`, descending; of equal ones those first that need no fit.
     """
     return gather(scores, probes).table
 
@@ -119,7 +119,12 @@ def _table(probed: Probed, deals: Deals, values: dict[str, Floats]) -> list[dict
                 "direction": "higher" if direction and name in FITTED else direction,
             }
         )
-    return sorted(table, key=lambda row: (-strength(row), row["estimator"]))
+    return sorted(table, key=_order)
+
+
+def _order(row: dict[str, Any]) -> tuple[float, bool, str]:
+    """The strongest first; of equal ones, those that need no fit."""
+    return -round(strength(row), 9), row["estimator"] in FITTED, row["estimator"]
 
 
 def none_if_nan(value: float) -> float | None:

@@ -4,12 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner
 
 from pivottrace_verl.cli import app
+from pivottrace_verl.cli_estimators import _table
 from pivottrace_verl.estimators import ESTIMATORS
 from pivottrace_verl.pool import RunDir
+from pivottrace_verl.schemas import SCORE_SCHEMA
 
 runner = CliRunner()
 N = 60
@@ -41,14 +45,12 @@ def probed(tmp_path: Path) -> Path:
         estimates = {f"uncertainty/{name}": float(i * 37 % N) for name in ESTIMATORS}
         scores.append(
             {
+                **{f.name: 0 if pa.types.is_integer(f.type) else None for f in SCORE_SCHEMA},
                 "pt_id": prompt.pt_id,
                 "n_rollouts": 8,
                 "answers": sorted(clusters, key=lambda c: -c["count"]),
                 "majority": None if right == 4 else ("yes" if right > 4 else "no"),
-                "unparseable": 0,
-                "truncated": 0,
                 "length_mean": 30.0,
-                "logprob_mean": -0.5,
                 **estimates,
                 "uncertainty/entropy": float(i),
                 "uncertainty/length": None,
@@ -73,12 +75,39 @@ def test_the_table_fits_100_columns_and_closes_with_sentences(probed: Path) -> N
     table = [line for line in rows if line[2:].startswith(("entropy ", "random ", "length "))]
     assert len(table) == 3 and max(len(line) for line in table) <= 100
     entropy, length = table[0], next(line for line in table if "length" in line)
-    assert entropy.startswith("+ entropy") and "1.00 [1.00,1.00]" in entropy
+    assert entropy.startswith("+ entropy") and "1.0 [1.0,1.0]" in entropy
     assert entropy.rstrip().endswith("0.5")
     assert "not measured" in length
     assert "Recommended: entropy, higher = more uncertain" in result.stdout
     assert "Triage would refuse the estimator 'pivot_density'" in result.stdout
     assert "Pivots lose to something cheaper" in result.stdout
+
+
+def test_the_longest_names_and_numbers_still_fit() -> None:
+    widest = {"point": -0.42, "low": -0.55, "high": -0.31}
+    row = {
+        "estimator": "pivot_density_distance_rise",
+        "n": 9999,
+        "measured": True,
+        "direction": "lower",
+        "auroc": {"point": 1.0, "low": 0.99, "high": 1.0},
+        "auroc_within_length": {"point": 0.42, "low": 0.3, "high": 1.0},
+        "spearman": widest,
+        "aurc": {"point": 0.42, "low": 0.3, "high": 0.5},
+        "seconds_per_prompt": 0.00123,
+    }
+    report = {
+        "probes": 9999,
+        "wrong_majorities": 1234,
+        "bootstrap": {"level": 0.95},
+        "estimators": [row],
+    }
+    console = Console(width=100)
+    with console.capture() as captured:
+        console.print(_table(report))
+    line = next(text for text in captured.get().splitlines() if "rise" in text)
+    assert line.split() == ["-", "pivot_density_distance_rise", "9999", "1.0", "[.99,1.0]", ".42",
+                            "[.30,1.0]", "-.42", "[-.55,-.31]", ".42", "[.30,.50]", "0.0012"]  # fmt: skip  # noqa: E501
 
 
 def test_json_is_one_document_and_the_picture_is_written_beside_it(

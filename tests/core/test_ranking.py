@@ -156,6 +156,16 @@ def test_a_size_beyond_chance_that_is_too_small_is_refused_as_well(bed):
         )
 
 
+def test_of_equally_strong_estimators_one_that_needs_no_fit_is_taken(bed):
+    made = bed("nothing")
+    table = with_column(made.scores, "uncertainty/nll", 1 - made.pass_rate)
+    table = with_column(table, "features/f3", 1 - made.pass_rate)
+    evidence = gather(table, made.probes)
+    strongest = [row["estimator"] for row in evidence.table if (row["spearman"] or 0) < -0.999]
+    assert strongest[0] == "nll"
+    assert rank_pool(table, made.probes, AUTO).estimator == "nll"
+
+
 def test_random_is_never_chosen_or_named_even_if_it_knew_everything(bed):
     made = bed("nothing")
     table = with_column(made.scores, "uncertainty/random", 1 - made.pass_rate)
