@@ -40,7 +40,12 @@ class Evidence:
     def p_values(self, direction: str | None = None) -> tuple[dict[str, float], dict[str, float]]:
         """p values of the Spearman correlations, and the same adjusted for all estimators tried,
         by name; NaN where there is none. Two-sided, or one-sided in a given direction."""
-        return _p_values(self.deals, direction)
+        return _p_values(self.deals, self.deals.spearman, direction)
+
+    def auroc_p_values(self) -> tuple[dict[str, float], dict[str, float]]:
+        """The same of the AUROCs, both directions allowed."""
+        # The AUROC rises where the Spearman correlation falls.
+        return _p_values(self.deals, -self.deals.auroc, None)
 
 
 def gather(scores: Any, probes: Iterable[Outcome]) -> Evidence:
@@ -86,12 +91,14 @@ def side(name: str, direction: str | None) -> int:
     return 1 if direction == "lower" else 0
 
 
-def _p_values(deals: Deals, direction: str | None) -> tuple[dict[str, float], dict[str, float]]:
+def _p_values(
+    deals: Deals, statistic: Floats, direction: str | None
+) -> tuple[dict[str, float], dict[str, float]]:
     sides = np.array([side(name, direction) for name in deals.names], dtype=np.int64)
     tried = np.array([name != RANDOM for name in deals.names], dtype=bool)
-    p, _ = p_values(deals.spearman, sides)
+    p, _ = p_values(statistic, sides)
     adjusted = np.full(len(sides), np.nan)
-    adjusted[tried] = p_values(deals.spearman[:, tried], sides[tried])[1]
+    adjusted[tried] = p_values(statistic[:, tried], sides[tried])[1]
     return (
         dict(zip(deals.names, p.tolist(), strict=True)),
         dict(zip(deals.names, adjusted.tolist(), strict=True)),
@@ -99,7 +106,7 @@ def _p_values(deals: Deals, direction: str | None) -> tuple[dict[str, float], di
 
 
 def _table(probed: Probed, deals: Deals, values: dict[str, Floats]) -> list[dict[str, Any]]:
-    p, adjusted = _p_values(deals, None)
+    p, adjusted = _p_values(deals, deals.spearman, None)
     table = []
     for e, name in enumerate(deals.names):
         seen = known(values[name])

@@ -106,8 +106,8 @@ def test_the_longest_names_and_numbers_still_fit() -> None:
     with console.capture() as captured:
         console.print(_table(report))
     line = next(text for text in captured.get().splitlines() if "rise" in text)
-    assert line.split() == ["-", "pivot_density_distance_rise", "9999", "1.0", "[.99,1.0]", ".42",
-                            "[.30,1.0]", "-.42", "[-.55,-.31]", ".42", "[.30,.50]", "0.0012"]  # fmt: skip  # noqa: E501
+    shown = "- pivot_density_distance_rise 9999 1.0 [.99,1.0] .42 [.30,1.0] -.42 [-.55,-.31]"
+    assert " ".join(line.split()) == f"{shown} .42 [.30,.50] 0.0012"
 
 
 def test_json_is_one_document_and_the_picture_is_written_beside_it(
