@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import isotonic_regression
 
-from pivottrace_verl.answers import AnswerKind, get_answers
+from pivottrace_verl.answers import AnswerKind, Grade, grade_many
 from pivottrace_verl.errors import PivotTraceError
 
 Floats = NDArray[np.float64]
@@ -102,11 +102,11 @@ def table_of(scores: Any) -> pa.Table:
 
 
 def outcomes(scores: Any, labels: Mapping[str, str], kind: AnswerKind | str) -> list[Outcome]:
-    """Outcome of every prompt in `labels`, in the order of the scores.
+    """Outcome of every prompt in `labels`, in the order of the scores. An answer whose comparison
+    with the label timed out is not known to be right, and counts as wrong.
 
     Raises PivotTraceError for labels of prompts that are not scored.
     """
-    kind = get_answers(kind) if isinstance(kind, str) else kind
     table = table_of(scores).select(["pt_id", "n_rollouts", "answers", "majority"])
     bought = pa.array(list(labels), pa.string())
     rows = table.filter(pc.is_in(table["pt_id"], value_set=bought)).to_pylist()
@@ -115,16 +115,24 @@ def outcomes(scores: Any, labels: Mapping[str, str], kind: AnswerKind | str) -> 
         raise PivotTraceError(
             f"{len(unknown)} labelled prompts are not among the scores (first: {unknown[0]})."
         )
+    pairs: set[tuple[str, str]] = set()
+    for row in rows:
+        label = labels[row["pt_id"]]
+        given = [cluster["answer"] for cluster in row["answers"]]
+        given += [] if row["majority"] is None else [row["majority"]]
+        pairs |= {(answer, label) for answer in given}
+    # All at once: a kind with workers compares them side by side.
+    asked = sorted(pairs)
+    grades = dict(zip(asked, grade_many(kind, asked), strict=True))
     out = []
     for row in rows:
         label = labels[row["pt_id"]]
-        right = sum(c["count"] for c in row["answers"] if kind.equal(c["answer"], label))
-        majority = row["majority"]
+        right = [c["count"] for c in row["answers"] if grades[c["answer"], label] is Grade.RIGHT]
         out.append(
             Outcome(
                 pt_id=row["pt_id"],
-                pass_rate=right / row["n_rollouts"],
-                majority_right=majority is not None and kind.equal(majority, label),
+                pass_rate=sum(right) / row["n_rollouts"],
+                majority_right=grades.get((row["majority"], label)) is Grade.RIGHT,
             )
         )
     return out

@@ -21,6 +21,7 @@ import typer
 from pivottrace_verl import ui
 from pivottrace_verl.cli_annotate import annotate_app
 from pivottrace_verl.cli_base import AsJson, RunPath, Seed, opened, run_app, told
+from pivottrace_verl.cli_estimators import estimators
 from pivottrace_verl.cli_triage import export, probe, triage
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.pool import RunDir
@@ -33,6 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(annotate_app, name="annotate")
+app.command()(estimators)
 
 
 @app.command()
@@ -218,9 +220,12 @@ def evaluate(
 
     with ExitStack() as stack:
         result, fresh = evaluate_run(opened(run, stack), when, samples=samples, seed=seed)
+    # A figure that was kept by an earlier version does not have it.
+    late = result.get("timed_out", 0.0)
     ui.say(
         f"{when} training: {result['mean']:.1%} (mean of {result['samples']} at T=1), "
         f"{result['greedy']:.1%} greedy, over {result['n']} prompts"
+        + (f", {late:.1%} of the answers timed out" if late else "")
         + ("." if fresh else "; evaluated earlier.")
     )
 

@@ -89,6 +89,9 @@ def triage(
     min_spearman: Annotated[
         float, typer.Option(help="Rank correlation with failure that a ranking needs.")
     ] = 0.1,
+    alpha: Annotated[
+        float, typer.Option(help="Largest p value of that correlation; 1 asks for none.")
+    ] = 0.05,
     max_unanswered: Annotated[
         float,
         typer.Option(help="Review a prompt if more of its rollouts are unparseable or timed out."),
@@ -119,6 +122,7 @@ def triage(
         mastered=mastered,
         trusted=trusted,
         min_spearman=min_spearman,
+        alpha=alpha,
         max_unanswered=max_unanswered,
         max_truncated=max_truncated,
         seed=seed,

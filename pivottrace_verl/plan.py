@@ -71,6 +71,8 @@ class TriageConfig:
     """Share of the probes in the sliding mean."""
     min_spearman: float = 0.1
     """Least rank correlation, of uncertainty with failure, that is not refused."""
+    alpha: float = 0.05
+    """Largest p value of that correlation that is not refused; 1 asks for none."""
     budget: int | None = None
     """Labels in total, probes included; None: as many as the thresholds ask for."""
     budget_cost: float | None = None
@@ -96,7 +98,7 @@ class TriageConfig:
     """Of the bootstrap and of the random priority."""
 
     def __post_init__(self) -> None:
-        for name in ("mastered", "trusted", "window", "min_spearman"):
+        for name in ("mastered", "trusted", "window", "min_spearman", "alpha"):
             value = getattr(self, name)
             if not 0.0 < value <= 1.0:
                 raise PivotTraceError(f"The triage's {name} is {value}, but must lie in (0, 1].")

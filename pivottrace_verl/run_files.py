@@ -272,8 +272,8 @@ class RunFiles:
         found = fingerprint(table["pt_id"].to_pylist())
         if found != made_from:
             raise PivotTraceError(
-                f"{name} in {self.path} was changed: its prompts are {found}, but the run was made "
-                f"from {made_from}."
+                f"{name} in {self.path} does not hold the run's prompts: its own are {found}, but "
+                f"the run was made from {made_from}."
             )
         return table
 

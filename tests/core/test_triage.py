@@ -292,7 +292,9 @@ def test_of_two_unlabelled_prompts_the_more_uncertain_never_gets_the_easier_rout
         for i, n in enumerate(names)
     ]
     probes = [Outcome(n, p := 1 - i / 99, p > 0.5) for i, n in enumerate(names) if i % 3 == 0]
-    cfg = replace(CFG, trusted=trusted, mastered=mastered, budget=budget, overflow=overflow)
+    cfg = replace(
+        CFG, trusted=trusted, mastered=mastered, budget=budget, overflow=overflow, alpha=1.0
+    )
     owned = {o.pt_id for o in probes}
     plan = triage(rows, probes, owned, cfg)
     assert rows_of(triage(rows[::-1], probes[::-1], owned, cfg)) == rows_of(plan)[::-1]
@@ -461,6 +463,7 @@ def test_too_few_probes_and_unknown_estimators_are_refused(score_row):
         {"overflow": "keep"},
         {"budget": -1},
         {"priority": "loudest"},
+        {"alpha": 0.0},
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(bad):
