@@ -84,6 +84,12 @@ class RunFiles:
         """Numbers of the parts that are written."""
         return {int(p.stem.split("-")[1]) for p in (self.path / "scores").glob("part-*.parquet")}
 
+    def check_score_parts(self) -> None:
+        """PivotTraceError if a finished part lacks a column, or was made from something else."""
+        made_from = self._made_from()
+        for i in sorted(self.finished_parts()):
+            self._read_scores(f"scores/part-{i:05d}.parquet", made_from)
+
     def merge_scores(self) -> None:
         """All parts -> scores.parquet, in the pool's order. PivotTraceError unless every prompt
         of the pool is there exactly once."""
@@ -91,7 +97,7 @@ class RunFiles:
         rows: dict[str, dict[str, Any]] = {}
         for i in sorted(self.finished_parts()):
             name = f"scores/part-{i:05d}.parquet"
-            for row in self._read_table(name, made_from).to_pylist():
+            for row in self._read_scores(name, made_from).to_pylist():
                 if row["pt_id"] in rows:
                     raise PivotTraceError(
                         f"Prompt {row['pt_id']} is scored twice, the second time in {name}."
@@ -111,7 +117,17 @@ class RunFiles:
     def scores(self) -> pa.Table:
         """One row a prompt, in the pool's order; columns of `SCORE_SCHEMA`."""
         self._need("scores.parquet", "scores")
-        return self._read_table("scores.parquet", self._made_from())
+        return self._read_scores("scores.parquet", self._made_from())
+
+    def _read_scores(self, name: str, made_from: Mapping[str, str]) -> pa.Table:
+        table = self._read_table(name, made_from)
+        missing = [column for column in SCORE_SCHEMA.names if column not in table.column_names]
+        if missing:
+            raise PivotTraceError(
+                f"{name} in {self.path} was written by another version, which did not score "
+                f"{', '.join(missing)}: score the pool again in a new run directory."
+            )
+        return table
 
     # Probes and plan
 
