@@ -25,9 +25,11 @@ class LayerStates:
     """The model, loaded once; called with rollouts."""
 
     def __init__(self, model: Path) -> None:
-        from transformers import AutoModel
+        from transformers import AutoModelForCausalLM
 
-        self._model = AutoModel.from_pretrained(model, dtype=torch.float32).eval()
+        whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        # Without the head: logits over the vocabulary would cost more than they are worth here.
+        self._model = whole.base_model.eval()
 
     def __call__(self, rollouts: Sequence[tuple[list[int], list[int]]]) -> list[np.ndarray]:
         """Of each (prompt ids [P], output ids [T]) the states [L + 1, D] float32 after the

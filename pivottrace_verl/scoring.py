@@ -163,7 +163,11 @@ def _score_part(
         pairs = zip(requests, rollouts, strict=True)
         states = states_of([(q.prompt_ids, r.token_ids) for q, r in pairs])
     read = time.monotonic() - reading
-    thresholds = _frozen_thresholds(run, rollouts, config, detector)
+    if number == 0:
+        thresholds = _calibrated(rollouts[: config.calibration_rollouts], detector)
+        run.update_manifest(**thresholds.to_manifest())
+    else:
+        thresholds = Thresholds.from_manifest(run.manifest)
     places = [slice(i, i + config.rollouts) for i in range(0, len(rollouts), config.rollouts)]
     if number == 0 and config.keep_traces:
         write_traces(
@@ -191,20 +195,11 @@ def _score_part(
     _add_timings(run, score_generating=generating, score_hidden_states=read, score_own=own)
 
 
-def _frozen_thresholds(
-    run: RunDir, rollouts: Sequence[Rollout], config: ScoreConfig, detector: DetectorConfig
-) -> Thresholds:
-    """The run's thresholds: from the manifest, or calibrated now and written there."""
-    frozen = Thresholds.from_manifest(run.manifest)
-    if frozen is not None:
-        return frozen
-    first = rollouts[: config.calibration_rollouts]
-    traces = [(r.trace.stats, r.trace.token_entropy) for r in first if r.trace is not None]
+def _calibrated(rollouts: Sequence[Rollout], detector: DetectorConfig) -> Thresholds:
+    traces = [(r.trace.stats, r.trace.token_entropy) for r in rollouts if r.trace is not None]
     if not traces:
         raise PivotTraceError(
             "no attention trace arrived from vLLM, so no pivot can be found: "
             "`pivottrace doctor` says what is wrong with the capture."
         )
-    frozen = calibrate(traces, detector)
-    run.update_manifest(**frozen.to_manifest())
-    return frozen
+    return calibrate(traces, detector)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.estimators import (
     ESTIMATORS,
     VARIANTS,
@@ -62,10 +63,14 @@ class Thresholds:
         }
 
     @classmethod
-    def from_manifest(cls, manifest: Mapping[str, Any]) -> "Thresholds | None":
-        """What `to_manifest` wrote; None where a section is not there yet."""
-        if not {"detector", "variants", "forks"} <= set(manifest):
-            return None
+    def from_manifest(cls, manifest: Mapping[str, Any]) -> "Thresholds":
+        """What `to_manifest` wrote; PivotTraceError where a section is missing."""
+        missing = [name for name in ("detector", "variants", "forks") if name not in manifest]
+        if missing:
+            raise PivotTraceError(
+                f"The manifest has no {', '.join(missing)}, with which the scored parts were made: "
+                "score the pool again in a new run directory."
+            )
         return cls(
             DetectorConfig.from_dict(manifest["detector"]),
             {name: DetectorConfig.from_dict(v) for name, v in manifest["variants"].items()},

@@ -80,7 +80,8 @@ def test_the_manifest_gives_the_same_thresholds_back():
     manifest = json.loads(json.dumps(THRESHOLDS.to_manifest()))
     assert Thresholds.from_manifest(manifest) == THRESHOLDS
     del manifest["forks"]
-    assert Thresholds.from_manifest(manifest) is None
+    with pytest.raises(PivotTraceError, match="no forks"):
+        Thresholds.from_manifest(manifest)
 
 
 def test_rollouts_of_one_token_cannot_be_calibrated_on():
