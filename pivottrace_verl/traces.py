@@ -116,8 +116,9 @@ def read_trace(
 
     The spread of a signal is its standard deviation over the tokens.
     """
-    rows = dict(zip(FEATURES, signals(stats, FEATURES).T, strict=True))
     detectors = {pivot_density.NAME: thresholds.detector, **thresholds.variants}
+    names = list(dict.fromkeys([*SIGNALS.values(), *(cfg.signal for cfg in detectors.values())]))
+    rows = dict(zip(names, np.ascontiguousarray(signals(stats, names).T), strict=True))
     counts = {name: len(pivots_of(rows[cfg.signal], cfg)) for name, cfg in detectors.items()}
     chosen = np.stack([rows[feature] for feature in SIGNALS.values()])
     moments = np.stack([chosen.mean(axis=1), chosen.std(axis=1)], axis=1).ravel()

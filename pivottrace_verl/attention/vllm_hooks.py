@@ -53,7 +53,8 @@ from pivottrace_verl.pivots import FEATURES
 logger = logging.getLogger(__name__)
 
 _MARK = "_pivottrace"
-_LOGITS_CHUNK = 1 << 24
+_LOGITS_CHUNK = 1 << 20
+"""Logits read at once: few enough that what is made of them stays in the cache."""
 _captures: "weakref.WeakSet[Capture]" = weakref.WeakSet()
 
 
