@@ -136,12 +136,7 @@ def changes(x: NDArray[Any], cfg: DetectorConfig) -> Floats:
 
 def calibrate_tau(traces: Iterable[NDArray[Any]], cfg: DetectorConfig) -> float:
     """One quantile over all changes of all calibration rollouts pooled, leading zeros left out."""
-    return tau_of((signal(trace, cfg) for trace in traces), cfg)
-
-
-def tau_of(rows: Iterable[NDArray[Any]], cfg: DetectorConfig) -> float:
-    """`calibrate_tau` from the followed signals [T] themselves."""
-    pooled = [changes(row, cfg)[cfg.skip_first :] for row in rows]
+    pooled = [changes(signal(trace, cfg), cfg)[cfg.skip_first :] for trace in traces]
     values = np.concatenate(pooled) if pooled else np.zeros(0)
     if values.size == 0:
         raise PivotTraceError(

@@ -26,7 +26,7 @@ from pivottrace_verl.estimators import (
 )
 from pivottrace_verl.estimators.entropy_forks import QUANTILE
 from pivottrace_verl.estimators.records import mean_known
-from pivottrace_verl.pivots import FEATURES, DetectorConfig, pivots_of, signals, tau_of
+from pivottrace_verl.pivots import DetectorConfig, calibrate_tau, pivots_of, signals
 
 SIGNALS: dict[str, str] = {
     "mass": "response_long_mass",
@@ -88,22 +88,21 @@ def calibrate(
         detector: the run's; a tau it brings along is kept, variants get their own in any case.
     Raises PivotTraceError if there is nothing to calibrate on.
     """
-    rows = [signals(stats, FEATURES) for stats, _ in traces]
-
-    def frozen(cfg: DetectorConfig) -> DetectorConfig:
-        column = FEATURES.index(cfg.signal)
-        return dataclasses.replace(cfg, tau=tau_of((row[:, column] for row in rows), cfg))
-
+    stats = [stats for stats, _ in traces]
     variants = {
-        name: frozen(dataclasses.replace(detector, tau=None, **changed))
+        name: dataclasses.replace(detector, tau=None, **changed)
         for name, changed in VARIANTS.items()
     }
     entropies = np.concatenate([entropy for _, entropy in traces])
     return Thresholds(
-        detector if detector.tau is not None else frozen(detector),
-        variants,
+        detector if detector.tau is not None else _with_tau(detector, stats),
+        {name: _with_tau(cfg, stats) for name, cfg in variants.items()},
         float(np.quantile(entropies.astype(np.float64), QUANTILE)),
     )
+
+
+def _with_tau(cfg: DetectorConfig, stats: Sequence[NDArray[Any]]) -> DetectorConfig:
+    return dataclasses.replace(cfg, tau=calibrate_tau(stats, cfg))
 
 
 def read_trace(
