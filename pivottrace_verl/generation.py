@@ -154,7 +154,7 @@ class Engine:
 
         What comes out depends on these requests alone: the engine forgets the prefixes of earlier
         ones, and starts when all of these are in its queue. Otherwise the shapes of its batches,
-        and with them the last bits of every number, would hang on its history and on the clock.
+        on which the last bits of a number may depend, would hang on its history and on the clock.
         """
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt

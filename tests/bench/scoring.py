@@ -4,7 +4,8 @@
 
 `share` is the time of our own work (prompts, traces, answers, estimators, files) over the time in
 vLLM, as the run's manifest has them; `capture_share` is what the same requests take longer in vLLM
-with attention captured than without. Lengths are capped, weights are random.
+with attention captured than without, which only an idle machine can tell. Lengths are capped,
+weights are random.
 """
 
 import argparse
