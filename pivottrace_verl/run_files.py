@@ -124,8 +124,8 @@ class RunFiles:
         missing = [column for column in SCORE_SCHEMA.names if column not in table.column_names]
         if missing:
             raise PivotTraceError(
-                f"{name} in {self.path} was written by another version, which did not score "
-                f"{', '.join(missing)}: score the pool again in a new run directory."
+                f"{name} in {self.path} is of another version: it lacks {', '.join(missing)}; make "
+                f"{name} again."
             )
         return table
 

@@ -70,14 +70,15 @@ def score(
     Raises PivotTraceError if finished parts were made with other settings or by another version,
     if a prompt is longer than `max_prompt_tokens`, or if no rollout of the first part was traced.
     """
-    run.check_score_parts()
     settings = {
         "score": dataclasses.asdict(config),
         "capture": capture.to_dict(),
         "detector": {k: v for k, v in detector.to_dict().items() if k != "tau"},
     }
-    _check_settings(run, json.loads(json.dumps(settings)))
+    model = Path(run.manifest["model"]["path"])
     prompts = run.pool()
+    run.check_score_parts()
+    _check_settings(run, json.loads(json.dumps(settings)))
     parts = [prompts[i : i + config.part_size] for i in range(0, len(prompts), config.part_size)]
     finished = set(run.finished_parts())
     done = sum(len(part) for i, part in enumerate(parts) if i in finished)
@@ -86,9 +87,9 @@ def score(
         if not finished:
             run.update_manifest(timings=dict.fromkeys(TIMINGS, 0.0))
         progress(done, len(prompts), "starting vLLM with capture on")
-        states = _layer_states(run) if config.hidden_states else None
+        states = _layer_states(model) if config.hidden_states else None
         with Engine(
-            Path(run.manifest["model"]["path"]),
+            model,
             max_prompt_tokens=config.max_prompt_tokens,
             max_tokens=config.max_tokens,
             capture=capture,
@@ -103,10 +104,10 @@ def score(
         _add_timings(run, score_own=time.monotonic() - start)
 
 
-def _layer_states(run: RunDir) -> LayerStates:
+def _layer_states(model: Path) -> LayerStates:
     from pivottrace_verl.hidden_states import LayerStates
 
-    return LayerStates(Path(run.manifest["model"]["path"]))
+    return LayerStates(model)
 
 
 def _check_settings(run: RunDir, settings: dict[str, Any]) -> None:

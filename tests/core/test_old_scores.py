@@ -28,7 +28,7 @@ def scored(make_run, score_row):
 def test_reading_them_names_the_missing_columns(scored):
     scored.merge_scores()
     before = without(scored.path / "scores.parquet", LACKING)
-    with pytest.raises(PivotTraceError, match="did not score") as told:
+    with pytest.raises(PivotTraceError, match="another version: it lacks") as told:
         scored.scores()
     assert all(column in str(told.value) for column in LACKING)
     assert "\n" not in str(told.value)
@@ -38,7 +38,7 @@ def test_reading_them_names_the_missing_columns(scored):
 def test_parts_of_another_version_are_neither_merged_nor_gone_on_with(scored):
     without(scored.path / "scores" / "part-00001.parquet", LACKING)
     for step in (scored.check_score_parts, scored.merge_scores):
-        with pytest.raises(PivotTraceError, match=r"part-00001.*did not score.*mass_mean"):
+        with pytest.raises(PivotTraceError, match=r"part-00001.*lacks.*mass_mean"):
             step()
     assert not (scored.path / "scores.parquet").exists()
 
