@@ -83,6 +83,13 @@ def score(
     tau: Annotated[
         float | None, typer.Option(help="Change that is a pivot; default: from the rollouts.")
     ] = None,
+    hidden_states: Annotated[
+        bool,
+        typer.Option(
+            help="Also score what needs hidden states (coe, cot_kinetics), reading every "
+            "rollout once more in Hugging Face."
+        ),
+    ] = False,
     seed: Seed = 0,
 ) -> None:
     """Roll out every prompt in vLLM with attention captured, and score its uncertainty."""
@@ -98,6 +105,7 @@ def score(
         max_tokens=max_tokens,
         seed=seed,
         part_size=part_size,
+        hidden_states=hidden_states,
     )
     capture = CaptureConfig(layers=_numbers("--layers", layers), window=window)
     detector = DetectorConfig(signal=signal, window=window, tau=tau)

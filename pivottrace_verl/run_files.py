@@ -101,6 +101,12 @@ class RunFiles:
             found.add(int(number))
         return found
 
+    def check_score_parts(self) -> None:
+        """PivotTraceError if a finished part lacks a column, or was made from something else."""
+        made_from = self._made_from()
+        for i in sorted(self.finished_parts()):
+            self._read_table(f"scores/part-{i:05d}.parquet", made_from, SCORE_SCHEMA)
+
     def merge_scores(self) -> None:
         """All parts -> scores.parquet, in the pool's order. PivotTraceError unless every prompt
         of the pool is there exactly once, part after part as the pool has them."""

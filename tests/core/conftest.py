@@ -13,6 +13,7 @@ import pytest
 from pivottrace_verl.calibration import Outcome
 from pivottrace_verl.estimators import ESTIMATORS
 from pivottrace_verl.pool import RunDir
+from pivottrace_verl.traces import FEATURE_NAMES
 
 
 def chat(text: str) -> list[dict[str, str]]:
@@ -53,11 +54,13 @@ def score_row() -> Callable[..., dict[str, Any]]:
             "answers": [{"answer": a, "count": c} for a, c in answers],
             "majority": answers[0][0] if answers else None,
             "unparseable": 0,
+            "timed_out": 0,
             "truncated": 0,
             "length_mean": 10.0,
             "logprob_mean": -0.5,
             "rollouts": [],
             **{f"uncertainty/{name}": 0.5 for name in ESTIMATORS},
+            **{f"features/{name}": 0.5 for name in FEATURE_NAMES},
         }
         return {**row, **changed}
 
