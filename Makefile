@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 RUN ?= runs/quickstart
 
-.PHONY: quickstart test test-slow lint types imports unit e2e install clean
+.PHONY: quickstart test test-slow test-label-studio lint types imports unit e2e install clean
 
 quickstart: $(STAMP)
 	$(PY) recipes/quickstart/run.py --run $(RUN)
@@ -46,6 +46,18 @@ e2e: $(STAMP)
 # Long comparisons of real verl runs (tens of minutes); not part of `make test`.
 test-slow: $(STAMP)
 	$(PY) -m pytest -m slow
+
+# Against a real Label Studio server on localhost, in an environment of its own.
+LS_VENV := .venv-label-studio
+
+$(LS_VENV)/.installed: requirements/label-studio.txt
+	test -x $(LS_VENV)/bin/python || $(PYTHON) -m venv $(LS_VENV)
+	@echo "installing Label Studio into $(LS_VENV) (about 1 GB, a few minutes)"
+	$(LS_VENV)/bin/python -m pip install --disable-pip-version-check -q -r requirements/label-studio.txt
+	touch $@
+
+test-label-studio: $(STAMP) $(LS_VENV)/.installed
+	$(PY) -m pytest -m slow tests/annotation/test_label_studio_server.py
 
 clean:
 	rm -rf runs .mypy_cache .ruff_cache .pytest_cache .hypothesis

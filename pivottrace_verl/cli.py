@@ -4,7 +4,7 @@
     pivottrace score RUN            pivottrace probe RUN
     pivottrace annotate export RUN FILE      pivottrace annotate import RUN FILE
     pivottrace triage RUN           pivottrace train RUN            pivottrace report RUN
-    pivottrace doctor
+    pivottrace export RUN FOLDER    pivottrace doctor
 
 Contract: a verb can be killed and run again; bad input is one sentence on stderr and exit status
 2, and leaves every file as it was. Heavy libraries are imported by the verbs that need them.
@@ -21,6 +21,8 @@ import typer
 from pivottrace_verl import ui
 from pivottrace_verl.cli_annotate import annotate_app
 from pivottrace_verl.cli_base import AsJson, RunPath, Seed, opened, run_app, told
+from pivottrace_verl.cli_estimators import estimators
+from pivottrace_verl.cli_triage import export, probe, triage
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.pool import RunDir
 
@@ -32,6 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(annotate_app, name="annotate")
+app.command()(estimators)
 
 
 @app.command()
@@ -80,6 +83,13 @@ def score(
     tau: Annotated[
         float | None, typer.Option(help="Change that is a pivot; default: from the rollouts.")
     ] = None,
+    hidden_states: Annotated[
+        bool,
+        typer.Option(
+            help="Also score what needs hidden states (coe, cot_kinetics), reading every "
+            "rollout once more in Hugging Face."
+        ),
+    ] = False,
     seed: Seed = 0,
 ) -> None:
     """Roll out every prompt in vLLM with attention captured, and score its uncertainty."""
@@ -95,6 +105,7 @@ def score(
         max_tokens=max_tokens,
         seed=seed,
         part_size=part_size,
+        hidden_states=hidden_states,
     )
     capture = CaptureConfig(layers=_numbers("--layers", layers), window=window)
     detector = DetectorConfig(signal=signal, window=window, tau=tau)
@@ -126,104 +137,8 @@ def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
         ) from error
 
 
-@app.command()
-@told
-def probe(
-    run: RunPath,
-    n: Annotated[
-        int | None, typer.Option(min=1, help="Probes; default: 2% of the pool, 64 at least.")
-    ] = None,
-    estimator: Annotated[str, typer.Option(help="Ranking they are spread over.")] = "pivot_density",
-    seed: Seed = 0,
-) -> None:
-    """Choose the prompts whose labels calibrate the ranking, spread evenly over it."""
-    from pivottrace_verl.triage import choose_probes, default_probes, uncertainty
-
-    with ExitStack() as stack:
-        opened_run = opened(run, stack)
-        ranks = uncertainty(opened_run.scores(), estimator)
-        ids = list(ranks)
-        wanted = n or default_probes(len(ids))
-        chosen = choose_probes([ranks[i] for i in ids], ids, wanted, seed)
-        opened_run.write_probes(estimator, seed, chosen)
-    ui.say(
-        f"{len(chosen)} probes chosen over the ranking by {estimator}; next: "
-        f"pivottrace annotate export {run} FILE --what probes"
-    )
-
-
-@app.command()
-@told
-def triage(
-    run: RunPath,
-    estimator: Annotated[
-        str, typer.Option(help="Which estimator ranks the pool, or auto.")
-    ] = "pivot_density",
-    budget: Annotated[
-        int | None, typer.Option(min=0, help="Labels in all, probes included.")
-    ] = None,
-    priority: Annotated[
-        str, typer.Option(help="What a binding budget buys first: uncertain or threshold.")
-    ] = "uncertain",
-    overflow: Annotated[
-        str, typer.Option(help="Uncertain prompts beyond the budget: drop or self_train.")
-    ] = "drop",
-    mastered: Annotated[float, typer.Option(help="Pass rate from which a prompt is dropped.")] = (
-        0.9
-    ),
-    trusted: Annotated[float, typer.Option(help="Majority accuracy that votes need.")] = 0.7,
-    min_spearman: Annotated[
-        float, typer.Option(help="Rank correlation with failure that a ranking needs.")
-    ] = 0.1,
-    fallback: Annotated[
-        bool, typer.Option(help="If the probes refuse the estimator, take the one they name.")
-    ] = False,
-    dry_run: Annotated[bool, typer.Option(help="Show the plan, write nothing.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Calibrate the ranking on the probes and give every prompt its route."""
-    from pivottrace_verl.planning import make_plan
-    from pivottrace_verl.triage import TriageConfig
-
-    config = TriageConfig(
-        estimator=estimator,
-        budget=budget,
-        priority=priority,
-        overflow=overflow,
-        mastered=mastered,
-        trusted=trusted,
-        min_spearman=min_spearman,
-    )
-    with ExitStack() as stack:
-        opened_run = opened(run, stack)
-        plan, refused = make_plan(opened_run, config, fallback=fallback)
-        info = {**plan.info(), "refused": refused}
-        if not dry_run:
-            opened_run.write_plan(plan.rows, info)
-    if as_json:
-        ui.print_json(info)
-        return
-    columns = list(plan.table[0]) if plan.table else []
-    ui.table(f"Estimators on {plan.table[0]['n']} probes", plan.table, columns)
-    if refused:
-        ui.say(f"refused: {refused}")
-    ui.say(
-        f"Ranked by {plan.estimator} ({plan.direction} is more uncertain); Spearman with the "
-        f"probes' pass rate {plan.spearman:+.2f}; mastered up to u = {_number(plan.curve.u_low)}, "
-        f"votes not trusted from u = {_number(plan.curve.u_high)}."
-    )
-    routes = plan.route_rows()
-    ui.table("Routes", routes, list(routes[0]))
-    labels = plan.labels
-    ui.say(
-        f"{labels['bought']} labels bought, {labels['to_buy']} to buy"
-        + (f", {labels['over_budget']} over the budget" if labels["over_budget"] else "")
-        + ("; nothing was written (--dry-run)." if dry_run else ".")
-    )
-
-
-def _number(value: float | None) -> str:
-    return "nowhere" if value is None else f"{value:.2f}"
+for verb in (probe, triage, export):
+    app.command()(verb)
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
@@ -313,9 +228,12 @@ def evaluate(
 
     with ExitStack() as stack:
         result, fresh = evaluate_run(opened(run, stack), when, samples=samples, seed=seed)
+    # A figure that was kept by an earlier version does not have it.
+    late = result.get("timed_out", 0.0)
     ui.say(
         f"{when} training: {result['mean']:.1%} (mean of {result['samples']} at T=1), "
         f"{result['greedy']:.1%} greedy, over {result['n']} prompts"
+        + (f", {late:.1%} of the answers timed out" if late else "")
         + ("." if fresh else "; evaluated earlier.")
     )
 

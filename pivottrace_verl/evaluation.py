@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pivottrace_verl.answers import correct, get_answers
-from pivottrace_verl.generation import Engine, Request
+from pivottrace_verl.answers import Grade, extract_many, grade_many
+from pivottrace_verl.generation import Engine, Request, Rollout
 
 
 def evaluate(
@@ -24,11 +24,7 @@ def evaluate(
     samples: int = 4,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Accuracy in [0, 1]: `mean` over `samples` rollouts a prompt at temperature 1, and `greedy`.
-
-    Also `unparseable` and `truncated` shares of the sampled rollouts, `tokens_mean` and `n`.
-    """
-    kind = get_answers(answers)
+    """Roll out the prompts at temperature 1 and greedily; the figures of `accuracy`."""
     with Engine(model, max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens) as engine:
         ids = [engine.chat_ids(messages) for messages in prompts]
         sampled = engine.generate(
@@ -40,19 +36,31 @@ def evaluate(
         )
         greedy = engine.generate([Request(prompt, seed=0, temperature=0.0) for prompt in ids])
 
-    def right(text: str, label: str) -> bool:
-        answer = kind.extract(text)
-        return answer is not None and correct(answer, label, kind)
+    return accuracy(sampled, greedy, labels, answers=answers)
 
-    repeated = [label for label in labels for _ in range(samples)]
-    hits = [right(r.text, label) for r, label in zip(sampled, repeated, strict=True)]
-    greedy_hits = [right(r.text, label) for r, label in zip(greedy, labels, strict=True)]
+
+def accuracy(
+    sampled: Sequence[Rollout], greedy: Sequence[Rollout], labels: Sequence[str], *, answers: str
+) -> dict[str, Any]:
+    """[P * samples] sampled and [P] greedy rollouts, prompt by prompt -> accuracy in [0, 1]: `mean`
+    of the sampled ones, and `greedy`.
+
+    Also the shares `unparseable`, `timed_out` (in reading the answer or in comparing it) and
+    `truncated` of the sampled rollouts, their `tokens_mean`, `samples` and `n`. What timed out is
+    not known to be right, and counts as wrong.
+    """
+    samples = len(sampled) // len(labels)
+    asked = [label for label in labels for _ in range(samples)] + list(labels)
+    read = extract_many(answers, [rollout.text for rollout in (*sampled, *greedy)])
+    grades = grade_many(answers, list(zip(read, asked, strict=True)))
+    of_sampled, of_greedy = grades[: len(sampled)], grades[len(sampled) :]
     return {
         "n": len(labels),
         "samples": samples,
-        "mean": sum(hits) / len(hits),
-        "greedy": sum(greedy_hits) / len(greedy_hits),
-        "unparseable": sum(kind.extract(r.text) is None for r in sampled) / len(sampled),
+        "mean": of_sampled.count(Grade.RIGHT) / len(sampled),
+        "greedy": of_greedy.count(Grade.RIGHT) / len(greedy),
+        "unparseable": of_sampled.count(Grade.UNPARSEABLE) / len(sampled),
+        "timed_out": of_sampled.count(Grade.TIMED_OUT) / len(sampled),
         "truncated": sum(r.truncated for r in sampled) / len(sampled),
         "tokens_mean": sum(len(r.token_ids) for r in sampled) / len(sampled),
     }

@@ -13,14 +13,18 @@ import json
 import os
 import re
 import sys
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pivottrace_verl.errors import PivotTraceError
+
+ROW_GROUP = 1 << 16
+"""Rows of a row group of a table that is written piece by piece."""
 
 
 def os_reason(error: OSError) -> str:
@@ -30,8 +34,9 @@ def os_reason(error: OSError) -> str:
     return (error.strerror or first_line(error)).lower()
 
 
-def write_bytes_atomic(path: Path, content: bytes) -> None:
-    """Replace `path` by `content`. PivotTraceError if that fails; `path` is then as it was."""
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `path` when the block ends well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         # A folder in the place of the file would be told only after all is written.
@@ -39,7 +44,7 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -53,6 +58,12 @@ def write_bytes_atomic(path: Path, content: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def write_bytes_atomic(path: Path, content: bytes) -> None:
+    """Replace `path` by `content`. PivotTraceError if that fails; `path` is then as it was."""
+    with _replacing(path) as file:
+        file.write(content)
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
@@ -90,6 +101,28 @@ def write_table_atomic(path: Path, table: pa.Table) -> None:
     write_bytes_atomic(path, buffer.getvalue())
 
 
+def write_tables_atomic(
+    path: Path, tables: Iterable[pa.Table], metadata: Mapping[bytes, str]
+) -> None:
+    """Parquet from tables of one schema, held in memory a row group at a time. However the rows
+    are cut into tables, equal rows give equal bytes. ValueError if there is no table."""
+    with _replacing(path) as file, ExitStack() as stack:
+        writer: pq.ParquetWriter | None = None
+        rest: pa.Table | None = None
+        for table in tables:
+            if writer is None:
+                schema = table.schema.with_metadata(metadata)
+                writer = stack.enter_context(pq.ParquetWriter(file, schema, compression="zstd"))
+            rest = table if rest is None else pa.concat_tables([rest, table])
+            while rest.num_rows >= ROW_GROUP:
+                writer.write_table(rest.slice(0, ROW_GROUP).combine_chunks())
+                rest = rest.slice(ROW_GROUP)
+        if writer is None or rest is None:
+            raise ValueError(f"nothing to write to {path}")
+        if rest.num_rows:
+            writer.write_table(rest.combine_chunks())
+
+
 def read_json(path: Path) -> Any:
     """A JSON file; PivotTraceError if it is missing, unreadable or no JSON."""
     try:
@@ -108,15 +141,29 @@ def read_object(path: Path) -> dict[str, Any]:
     return content
 
 
+def read_schema(path: Path) -> pa.Schema:
+    """The columns of a Parquet file and what it says of itself; PivotTraceError if missing or
+    unreadable."""
+    with _parquet_told(path):
+        return pq.read_schema(path)
+
+
 def read_table(path: Path, columns: list[str] | None = None) -> pa.Table:
     """A Parquet file, only `columns` of it; PivotTraceError if missing or unreadable."""
-    try:
-        # A file that cannot be opened is told in the system's words, not in Arrow's.
-        open(path, "rb").close()
+    with _parquet_told(path):
         table = pq.read_table(path, columns=columns, partitioning=None)
         # Text that is not UTF-8 would fail only where it is used.
         table.validate(full=True)
         return table
+
+
+@contextmanager
+def _parquet_told(path: Path) -> Iterator[None]:
+    """What goes wrong in reading a Parquet file, as a sentence that names it."""
+    try:
+        # A file that cannot be opened is told in the system's words, not in Arrow's.
+        open(path, "rb").close()
+        yield
     except OSError as error:
         # What is wrong inside a file, Arrow tells as OSError without a number.
         if error.errno is None:

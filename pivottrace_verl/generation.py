@@ -9,6 +9,7 @@ Axes: T generated tokens of a rollout.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +90,8 @@ class Engine:
         }
         self._capture = capture
         self._llm: Any = None
+        self.seconds_generating = 0.0
+        """Time spent in vLLM since the engine started, of which nothing is our own work."""
 
     def __enter__(self) -> Engine:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -147,7 +150,12 @@ class Engine:
         return list(ids)
 
     def generate(self, requests: Sequence[Request]) -> list[Rollout]:
-        """Generate all requests; the results are in their order."""
+        """Generate all requests; the results are in their order.
+
+        What comes out depends on these requests alone: the engine forgets the prefixes of earlier
+        ones, and starts when all of these are in its queue. Otherwise the shapes of its batches,
+        on which the last bits of a number may depend, would hang on its history and on the clock.
+        """
         from vllm import SamplingParams
         from vllm.inputs import TokensPrompt
 
@@ -163,11 +171,14 @@ class Engine:
             )
             for request, key in zip(requests, keys, strict=True)
         ]
-        outputs = self._llm.generate(
-            [TokensPrompt(prompt_token_ids=request.prompt_ids) for request in requests],
-            params,
-            use_tqdm=False,
-        )
+        prompts = [TokensPrompt(prompt_token_ids=request.prompt_ids) for request in requests]
+        start = time.monotonic()
+        self._llm.reset_prefix_cache()
+        self._llm.sleep(level=0)  # queue, do not schedule
+        self._llm.enqueue(prompts, params, use_tqdm=False)
+        self._llm.wake_up(tags=["scheduling"])
+        outputs = self._llm.wait_for_completion(use_tqdm=False)
+        self.seconds_generating += time.monotonic() - start
         return [
             self._rollout(output.outputs[0], key) for output, key in zip(outputs, keys, strict=True)
         ]

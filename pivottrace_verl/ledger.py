@@ -1,8 +1,13 @@
 """Ledger: every label that was bought, append only.
 
-Contract: one JSON object a line: pt_id, label, annotator, time, source_file, cost, purpose. A
-batch is appended whole or not at all. A line that a crash tore is left in the file, reported
-(`torn`) and not counted. The first label of a prompt stands.
+Contract: one JSON object a line: pt_id, label, annotator, time, source_file, cost, purpose, and
+since rounds exist: round, plan, annotations. A batch is appended whole or not at all. A line that a
+crash tore is left in the file, reported (`torn`) and not counted. The first label of a prompt
+stands; a correction is not an entry.
+
+A round is the labels that were bought under one plan: `round` is 1 for the probes, which come
+before any plan, and for the first plan's labels, and counts on with each later plan under which
+labels were bought. Lines without it are of round 1.
 """
 
 import fcntl
@@ -20,6 +25,10 @@ from pivottrace_verl.files import fingerprint, os_reason
 
 PURPOSES = ("probe", "annotate")
 FIELDS = ("pt_id", "label", "annotator", "time", "source_file", "cost", "purpose")
+OPTIONAL = ("round", "plan", "annotations")
+"""round: see above. plan: fingerprint of the plan the label was bought under, None before there is
+one. annotations: [{annotator, label, cost}] where the label comes of several annotators; `cost` is
+then the sum of theirs and `annotator` all their names."""
 
 
 class TornLedgerWarning(UserWarning):
@@ -47,7 +56,29 @@ def _fault(entry: Any) -> str | None:
     cost = entry["cost"]
     if isinstance(cost, bool) or not isinstance(cost, (int, float)):
         return "its cost is not a number"
-    return None if 0 <= cost < math.inf else f"its cost is {cost}"
+    if not 0 <= cost < math.inf:
+        return f"its cost is {cost}"
+    number, plan = entry.get("round", 1), entry.get("plan")
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        return "its round is not a number from 1"
+    if not (plan is None or isinstance(plan, str)):
+        return "its plan is not text"
+    parts = entry.get("annotations", [])
+    if not isinstance(parts, list) or not all(map(_is_annotation, parts)):
+        return "its annotations are no list of annotator, label and cost"
+    return None
+
+
+def _is_annotation(part: Any) -> bool:
+    if not isinstance(part, dict):
+        return False
+    cost = part.get("cost")
+    return (
+        isinstance(part.get("annotator"), str)
+        and isinstance(part.get("label"), str)
+        and isinstance(cost, (int, float))
+        and 0 <= cost < math.inf
+    )
 
 
 class Ledger:
@@ -57,16 +88,33 @@ class Ledger:
         self.path = path
         self.torn: list[int] = []
         """Numbers of the lines, from 1, that could not be read; known after a read."""
+        self._read: tuple[tuple[int, int, int], list[dict[str, Any]]] | None = None
 
     def entries(self) -> list[dict[str, Any]]:
-        """All complete lines, oldest first. Torn ones are told by a TornLedgerWarning."""
+        """All complete lines, oldest first. Torn ones are told by a TornLedgerWarning.
+
+        A file that has not changed since this object read it last is not read again.
+        """
         try:
-            content = self.path.read_bytes()
+            stat = self.path.stat()
+            state = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            if self._read is None or self._read[0] != state:
+                self._read = (state, self._parse(self.path.read_bytes()))
         except FileNotFoundError:
-            self.torn = []
+            self._read, self.torn = None, []
             return []
         except OSError as error:
             raise PivotTraceError(f"{self.path} cannot be read: {os_reason(error)}.") from error
+        if self.torn:
+            warnings.warn(
+                f"{self.path}: {len(self.torn)} incomplete line(s), as a killed run leaves them, "
+                f"are not counted (first: line {self.torn[0]}); import that label file again.",
+                TornLedgerWarning,
+                stacklevel=2,
+            )
+        return list(self._read[1])
+
+    def _parse(self, content: bytes) -> list[dict[str, Any]]:
         entries, torn = [], []
         for number, line in enumerate(content.split(b"\n"), start=1):
             if not line.strip():
@@ -84,13 +132,6 @@ class Ledger:
                 )
             entries.append(entry)
         self.torn = torn
-        if torn:
-            warnings.warn(
-                f"{self.path}: {len(torn)} incomplete line(s), as a killed run leaves them, are "
-                f"not counted (first: line {torn[0]}); import that label file again.",
-                TornLedgerWarning,
-                stacklevel=2,
-            )
         return entries
 
     def labels(self, purpose: str | None = None) -> dict[str, str]:
@@ -112,23 +153,34 @@ class Ledger:
         """Sum of the costs of all entries."""
         return float(sum(entry["cost"] for entry in self.entries()))
 
+    def round_of(self, plan: str | None) -> int:
+        """The round of labels that are bought now, under the plan of that fingerprint."""
+        seen = [entry.get("plan") for entry in self.entries()]
+        plans = list(dict.fromkeys(p for p in [*seen, plan] if isinstance(p, str)))
+        return plans.index(plan) + 1 if plan is not None else max(1, len(plans))
+
     def fingerprint(self) -> str:
         """Of the labels and their purposes, whenever and by whom they were bought."""
         return fingerprint([sorted(self.labels().items()), sorted(self.purposes().items())])
 
     def append(self, entries: Iterable[Mapping[str, Any]]) -> None:
-        """Add a batch: `time` is filled in where it is missing, cost is 1 unless given.
+        """Add a batch: `time` is filled in where it is missing, cost and round are 1 unless given.
 
         Raises PivotTraceError, with the file as it was, if an entry is incomplete, a prompt is
         there twice or has a label already, or the batch cannot be written in full.
         """
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        batch = [{"time": now, "cost": 1.0, **entry} for entry in entries]
+        batch = [{"time": now, "cost": 1.0, "round": 1, **entry} for entry in entries]
         if not batch:
             return
         self._check(batch)
         lines = "".join(
-            json.dumps({f: entry[f] for f in FIELDS}, ensure_ascii=False, allow_nan=False) + "\n"
+            json.dumps(
+                {f: entry[f] for f in (*FIELDS, *OPTIONAL) if f in entry},
+                ensure_ascii=False,
+                allow_nan=False,
+            )
+            + "\n"
             for entry in batch
         ).encode(errors="backslashreplace")  # Of a path that is not UTF-8: JSON's own escape.
         try:
@@ -140,11 +192,12 @@ class Ledger:
 
     def _check(self, batch: list[dict[str, Any]]) -> None:
         known = self.labels()
+        allowed = {*FIELDS, *OPTIONAL}
         for entry in batch:
             missing = [name for name in FIELDS if name not in entry]
             if missing:
                 raise PivotTraceError(f"A ledger entry has no {', '.join(missing)}.")
-            unknown = sorted(set(entry) - set(FIELDS))
+            unknown = sorted(set(entry) - allowed)
             if unknown:
                 raise PivotTraceError(f"A ledger entry has no place for {', '.join(unknown)}.")
             if entry["purpose"] not in PURPOSES:

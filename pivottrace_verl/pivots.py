@@ -13,7 +13,7 @@ every choice is a named field of `DetectorConfig`.
 Axes: T generated tokens, L traced layers, H head groups, F features.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -95,23 +95,33 @@ class DetectorConfig:
         return cls(**values)
 
 
-def signal(trace: NDArray[Any], cfg: DetectorConfig) -> Floats:
-    """[T, L, H, F] -> [T]: the followed feature, mean over layers and head groups.
+def signals(trace: NDArray[Any], names: Sequence[str]) -> Floats:
+    """[T, L, H, F] -> [T, len(names)]: those features, each the mean over layers and head groups.
 
-    Raises ValueError if the trace has another shape or holds NaN or infinity: a broken capture
-    must not look like a rollout without pivots.
+    Raises ValueError if the trace has another shape or holds NaN or infinity there: a broken
+    capture must not look like a rollout without pivots.
     """
     if trace.ndim != 4 or trace.shape[3] != len(FEATURES):
         raise ValueError(f"A trace is [T, L, H, {len(FEATURES)}], not {list(trace.shape)}.")
     if trace.shape[0] == 0:
-        return np.zeros(0)
+        return np.zeros((0, len(names)))
     if trace.shape[1] == 0 or trace.shape[2] == 0:
         raise ValueError(f"A trace needs a layer and a head group, not {list(trace.shape)}.")
-    values = trace[:, :, :, FEATURES.index(cfg.signal)].astype(np.float64)
-    row: Floats = values.mean(axis=(1, 2))
-    if not np.isfinite(row).all():
-        raise ValueError(f"The trace's {cfg.signal} is not finite everywhere.")
-    return row
+    columns = [FEATURES.index(name) for name in names]
+    total = np.zeros((trace.shape[0], len(names)))
+    # Summed in one fixed order, so that a feature has the same bits alone and among others.
+    for rows in trace.reshape(len(trace), -1, len(FEATURES)).transpose(1, 0, 2):
+        total += rows[:, columns]
+    total /= trace.shape[1] * trace.shape[2]
+    broken = [name for name, row in zip(names, total.T, strict=True) if not np.isfinite(row).all()]
+    if broken:
+        raise ValueError(f"The trace's {', '.join(broken)} is not finite everywhere.")
+    return total
+
+
+def signal(trace: NDArray[Any], cfg: DetectorConfig) -> Floats:
+    """[T, L, H, F] -> [T]: the followed feature; see `signals`."""
+    return signals(trace, [cfg.signal])[:, 0]
 
 
 def changes(x: NDArray[Any], cfg: DetectorConfig) -> Floats:
@@ -142,17 +152,19 @@ def find_pivots(trace: NDArray[Any], cfg: DetectorConfig) -> NDArray[np.int64]:
     Near by means fewer than `refractory` tokens away; of equal changes the earliest wins.
     Raises PivotTraceError if the detector has no tau yet.
     """
+    return pivots_of(signal(trace, cfg), cfg)
+
+
+def pivots_of(row: NDArray[Any], cfg: DetectorConfig) -> NDArray[np.int64]:
+    """`find_pivots` from the followed signal [T] itself."""
     if cfg.tau is None:
         raise PivotTraceError("The detector has no tau yet: calibrate it before counting pivots.")
-    step = changes(signal(trace, cfg), cfg)
-    reach = cfg.refractory - 1
-    found = []
-    for i in np.flatnonzero((step >= cfg.tau) & (step > 0.0)):
-        before = step[max(0, i - reach) : i]
-        after = step[i + 1 : i + 1 + reach]
-        if (before < step[i]).all() and (after <= step[i]).all():
-            found.append(i)
-    return np.asarray(found, dtype=np.int64)
+    step = changes(row, cfg)
+    found = (step >= cfg.tau) & (step > 0.0)
+    for away in range(1, min(cfg.refractory, len(step))):
+        found[away:] &= step[:-away] < step[away:]
+        found[:-away] &= step[away:] <= step[:-away]
+    return np.flatnonzero(found)
 
 
 def count(trace: NDArray[Any], cfg: DetectorConfig) -> int:

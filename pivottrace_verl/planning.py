@@ -7,24 +7,43 @@ and the files.
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pivottrace_verl.annotation.formats import table_of
+from pivottrace_verl.budget import read_costs
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.evaluation import evaluate
-from pivottrace_verl.files import read_object, write_json_atomic
+from pivottrace_verl.files import file_fingerprint, read_object, write_json_atomic
+from pivottrace_verl.plan import ROUTES
 from pivottrace_verl.pool import RunDir
-from pivottrace_verl.triage import Plan, TriageConfig, Uninformative, outcomes, triage
+from pivottrace_verl.prompts import render
+from pivottrace_verl.triage import (
+    Plan,
+    TriageConfig,
+    Uninformative,
+    choose_probes,
+    default_probes,
+    outcomes,
+    sound,
+    triage,
+    uncertainty,
+)
 
 
 def make_plan(
-    run: RunDir, config: TriageConfig, *, fallback: bool = False
-) -> tuple[Plan, str | None]:
-    """Triage the run's pool on its labelled probes.
+    run: RunDir, config: TriageConfig, *, fallback: bool = False, costs: Path | None = None
+) -> tuple[Plan, dict[str, Any]]:
+    """Triage the run's pool on its labelled probes; `costs` is a file of what labels cost.
 
-    Returns the plan and, if the probes refused the estimator and `fallback` took the one they
-    recommend, the sentence of the refusal. Without `fallback` the refusal is raised.
+    Returns the plan and what triage.json keeps beside the rows. If the probes refused the
+    estimator and `fallback` took the one they recommend, `refused` is the sentence of the refusal,
+    else None; without `fallback` the refusal is raised.
     """
-    scores, ledger = run.scores(), run.ledger()
+    scores, ledger = run.scores(rollouts=False), run.ledger()
     wanted = set(run.probes()["pt_ids"])
     labels = ledger.labels()
     strangers = sorted(set(labels) - set(scores["pt_id"].to_pylist()))
@@ -41,13 +60,70 @@ def make_plan(
         )
     probed = {pt_id: label for pt_id, label in labels.items() if pt_id in wanted}
     found = outcomes(scores, probed, run.manifest["answers"]["kind"])
+    # The answers have been looked at; the rest of triage works on numbers.
+    scores = scores.drop_columns(["answers", "majority"])
+    budget: dict[str, Any] = {"spent": ledger.spent()}
+    if config.quotas or config.floors:
+        budget["sources"] = run.pool_table(["data_source"])["data_source"]
+    if costs is not None:
+        budget["costs"] = read_costs(costs, scores["pt_id"].combine_chunks())
+    refused = None
     try:
-        return triage(scores, found, set(labels), config), None
+        plan = triage(scores, found, set(labels), config, **budget)
     except Uninformative as refusal:
         if not fallback or refusal.best is None:
             raise
+        refused = str(refusal)
         config = dataclasses.replace(config, estimator=refusal.best)
-        return triage(scores, found, set(labels), config), str(refusal)
+        plan = triage(scores, found, set(labels), config, **budget)
+    return plan, {
+        **plan.info(),
+        "refused": refused,
+        "costs": None
+        if costs is None
+        else {"file": costs.name, "fingerprint": file_fingerprint(costs)},
+    }
+
+
+def draw_probes(run: RunDir, estimator: str, n: int | None, seed: int) -> tuple[int, int]:
+    """Choose the probes over the ranking by `estimator` and write probes.json.
+
+    Prompts whose rollouts are broken are left out: their labels would say nothing of the ranking.
+    Returns the numbers of probes and of prompts left out.
+    """
+    scores = run.scores(rollouts=False)
+    judged = sound(scores, TriageConfig())
+    u = uncertainty(scores.filter(pa.array(judged)), estimator)
+    wanted, broken = n or default_probes(len(u)), int((~judged).sum())
+    if broken and not 1 <= wanted <= len(u):
+        raise PivotTraceError(
+            f"{wanted or 'Some'} probes were asked for, but the rollouts of {broken} of "
+            f"{len(judged)} prompts are mostly truncated, unparseable or timed out, which leaves "
+            f"{len(u)} to choose from."
+        )
+    chosen = choose_probes(list(u.values()), list(u), wanted, seed)
+    run.write_probes(estimator, seed, chosen)
+    return len(chosen), broken
+
+
+def list_route(run: RunDir, route: str, path: Path) -> int:
+    """Write the prompts of one route to a .jsonl or .csv file, most uncertain first, with why they
+    are there and how their rollouts went; returns their number."""
+    if route not in ROUTES:
+        raise PivotTraceError(f"There is no route '{route}', only {', '.join(ROUTES)}.")
+    plan = run.plan()
+    kept = pc.equal(plan["route"], route)
+    columns = plan.filter(kept)
+    pool = run.pool_table(["prompt", "data_source"]).filter(kept)
+    scores = run.scores(rollouts=False).filter(kept)
+    counted = ("n_rollouts", "unparseable", "truncated", "timed_out", "majority")
+    for name in (name for name in counted if name in scores.column_names):
+        columns = columns.append_column(name, scores[name])
+    columns = columns.append_column("data_source", pool["data_source"])
+    columns = columns.append_column("prompt", pool["prompt"]).sort_by("rank")
+    rows = [{**row, "prompt": render(row["prompt"])} for row in columns.to_pylist()]
+    table_of(path).write(path, rows, columns.column_names)
+    return len(rows)
 
 
 def evaluate_run(run: RunDir, when: str, *, samples: int, seed: int) -> tuple[dict[str, Any], bool]:

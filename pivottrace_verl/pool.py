@@ -20,6 +20,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+
 from pivottrace_verl.answers import get_answers
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.files import (
@@ -113,11 +115,13 @@ class RunDir(RunFiles):
             rows = [
                 _prompt_row(p, {"index": i}) for p, i in zip(pool.prompts, pool.rows, strict=True)
             ]
-            run._write_table("pool.parquet", rows, POOL_SCHEMA, {"pool": fingerprint(ids)})
+            table = pa.Table.from_pylist(rows, schema=POOL_SCHEMA)
+            run._write_table("pool.parquet", table, {"pool": fingerprint(ids)})
             if val_file is not None:
                 rows = [_prompt_row(p, {"index": i}, label) for i, (p, label) in enumerate(val)]
                 made_from = {"val": manifest["val"]["fingerprint"]}
-                run._write_table("val.parquet", rows, VAL_SCHEMA, made_from)
+                table = pa.Table.from_pylist(rows, schema=VAL_SCHEMA)
+                run._write_table("val.parquet", table, made_from)
             # Last: a directory without a manifest is not a run yet, and is made again.
             write_json_atomic(run.path / "manifest.json", manifest)
         return run
@@ -210,24 +214,17 @@ class RunDir(RunFiles):
 
     def pool(self) -> list[Prompt]:
         """[P] the distinct prompts, in the pool's order."""
-        made_from = self.stage_fingerprint("pool")
-        table = self._read_table("pool.parquet", {"pool": made_from}, POOL_SCHEMA)
-        prompts = [_to_prompt(row) for row in table.to_pylist()]
-        found = fingerprint([prompt.pt_id for prompt in prompts])
-        if found != made_from:
-            raise PivotTraceError(
-                f"pool.parquet in {self.path} was changed: its prompts are {found}, but the run "
-                f"was made from {made_from}."
-            )
-        return prompts
+        return [_to_prompt(row) for row in self.pool_table().to_pylist()]
+
+    def validation_table(self) -> pa.Table:
+        """Columns of `VAL_SCHEMA`; no rows if the run has no validation data."""
+        if "val" not in self.manifest:
+            return VAL_SCHEMA.empty_table()
+        return self._read_table("val.parquet", {"val": self.stage_fingerprint("val")}, VAL_SCHEMA)
 
     def validation(self) -> list[tuple[Prompt, str]]:
         """(prompt, label) of the validation data; empty if the run has none."""
-        if "val" not in self.manifest:
-            return []
-        made_from = {"val": self.stage_fingerprint("val")}
-        table = self._read_table("val.parquet", made_from, VAL_SCHEMA)
-        return [(_to_prompt(row), row["label"]) for row in table.to_pylist()]
+        return [(_to_prompt(row), row["label"]) for row in self.validation_table().to_pylist()]
 
 
 def _prompt_row(prompt: Prompt, extra: dict[str, Any], label: str | None = None) -> dict[str, Any]:

@@ -8,20 +8,23 @@ Axes: P prompts.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.files import (
     file_fingerprint,
     fingerprint,
     read_object,
+    read_schema,
     read_table,
     write_json_atomic,
     write_table_atomic,
+    write_tables_atomic,
 )
 from pivottrace_verl.ledger import Ledger
 from pivottrace_verl.schemas import PLAN_SCHEMA, POOL_SCHEMA, SCORE_SCHEMA
@@ -68,6 +71,16 @@ class RunFiles:
         """The labels bought for this run."""
         return Ledger(self.path / "ledger.jsonl")
 
+    # Pool
+
+    def pool_table(self, columns: list[str] | None = None) -> pa.Table:
+        """[P] columns of `POOL_SCHEMA`, in the pool's order."""
+        wanted = columns or POOL_SCHEMA.names
+        made_from = {"pool": self.stage_fingerprint("pool")}
+        read = list(dict.fromkeys(["pt_id", *wanted]))
+        table = self._read_table("pool.parquet", made_from, POOL_SCHEMA, read)
+        return self._all_prompts("pool.parquet", table).select(wanted)
+
     # Scores
 
     def _made_from(self) -> dict[str, str]:
@@ -75,7 +88,8 @@ class RunFiles:
 
     def write_score_part(self, i: int, rows: Sequence[Mapping[str, Any]]) -> None:
         """scores/part-0000i.parquet, one row a prompt, columns of `SCORE_SCHEMA`."""
-        self._write_table(f"scores/part-{i:05d}.parquet", rows, SCORE_SCHEMA, self._made_from())
+        name = f"scores/part-{i:05d}.parquet"
+        self._write_table(name, _from_rows(name, rows, SCORE_SCHEMA), self._made_from())
 
     def finished_parts(self) -> set[int]:
         """Numbers of the parts that are written."""
@@ -87,34 +101,65 @@ class RunFiles:
             found.add(int(number))
         return found
 
+    def check_score_parts(self) -> None:
+        """PivotTraceError if a finished part lacks a column, or was made from something else."""
+        made_from = self._made_from()
+        for i in sorted(self.finished_parts()):
+            self._read_table(f"scores/part-{i:05d}.parquet", made_from, SCORE_SCHEMA)
+
     def merge_scores(self) -> None:
         """All parts -> scores.parquet, in the pool's order. PivotTraceError unless every prompt
-        of the pool is there exactly once."""
+        of the pool is there exactly once, part after part as the pool has them."""
         made_from = self._made_from()
-        rows: dict[str, dict[str, Any]] = {}
+        pool = self.pool_table(["pt_id"])["pt_id"]
+        parts = self._parts_in_order(pool, made_from)
+        write_tables_atomic(self.path / "scores.parquet", parts, _note(made_from))
+
+    def _parts_in_order(
+        self, pool: pa.ChunkedArray, made_from: Mapping[str, str]
+    ) -> Iterator[pa.Table]:
+        """The parts, their rows in the pool's order."""
+        done = 0
+        for i in sorted(self.finished_parts()):
+            part = self._read_table(f"scores/part-{i:05d}.parquet", made_from, SCORE_SCHEMA)
+            at = pc.index_in(pool.slice(done, part.num_rows), value_set=part["pt_id"])
+            if len(at) < part.num_rows or at.null_count:
+                raise self._not_complete(pool)
+            done += part.num_rows
+            yield part.take(at)
+        if done < len(pool):
+            raise self._not_complete(pool)
+
+    def _not_complete(self, pool: pa.ChunkedArray) -> PivotTraceError:
+        """Why the parts are not the pool's prompts, each once and in order."""
+        scored: set[str] = set()
         for i in sorted(self.finished_parts()):
             name = f"scores/part-{i:05d}.parquet"
-            for row in self._read_table(name, made_from, SCORE_SCHEMA).to_pylist():
-                if row["pt_id"] in rows:
-                    raise PivotTraceError(
-                        f"Prompt {row['pt_id']} is scored twice, the second time in {name}."
+            for pt_id in read_table(self.path / name, ["pt_id"])["pt_id"].to_pylist():
+                if pt_id in scored:
+                    return PivotTraceError(
+                        f"Prompt {pt_id} is scored twice, the second time in {name}."
                     )
-                rows[row["pt_id"]] = row
-        pool = self._read_table("pool.parquet", {"pool": made_from["pool"]}, POOL_SCHEMA)
-        ids = pool.column("pt_id").to_pylist()
-        missing = [i for i in ids if i not in rows]
-        if missing or len(rows) > len(ids):
-            raise PivotTraceError(
-                f"The scores in {self.path} are not complete: {len(missing)} of {len(ids)} prompts "
-                f"have none, {len(rows) + len(missing) - len(ids)} scored prompts are not in the "
-                "pool."
+                scored.add(pt_id)
+        ids = set(pool.to_pylist())
+        missing, strangers = len(ids - scored), len(scored - ids)
+        if missing or strangers:
+            return PivotTraceError(
+                f"The scores in {self.path} are not complete: {missing} of {len(ids)} prompts "
+                f"have none, {strangers} scored prompts are not in the pool."
             )
-        self._write_table("scores.parquet", [rows[i] for i in ids], SCORE_SCHEMA, made_from)
+        return PivotTraceError(
+            f"The scores in {self.path} are not in the pool's order: a part holds prompts that "
+            "belong into another one."
+        )
 
-    def scores(self) -> pa.Table:
-        """One row a prompt, in the pool's order; columns of `SCORE_SCHEMA`."""
+    def scores(self, *, rollouts: bool = True) -> pa.Table:
+        """One row a prompt, in the pool's order; columns of `SCORE_SCHEMA`. Without `rollouts`
+        that column, the bulk of the file, is not read."""
         self._need("scores.parquet", "scores")
-        return self._read_table("scores.parquet", self._made_from(), SCORE_SCHEMA)
+        columns = [name for name in SCORE_SCHEMA.names if rollouts or name != "rollouts"]
+        table = self._read_table("scores.parquet", self._made_from(), SCORE_SCHEMA, columns)
+        return self._all_prompts("scores.parquet", table)
 
     # Probes and plan
 
@@ -144,11 +189,16 @@ class RunFiles:
             )
         return probes
 
-    def write_plan(self, rows: Sequence[Mapping[str, Any]], info: Mapping[str, Any]) -> None:
-        """plan.parquet (columns of `PLAN_SCHEMA`) and triage.json, each naming the scores."""
+    def write_plan(
+        self, rows: pa.Table | Sequence[Mapping[str, Any]], info: Mapping[str, Any]
+    ) -> None:
+        """plan.parquet (columns of `PLAN_SCHEMA`) and triage.json, each naming the scores. In rows
+        that are dicts a cost is 1 unless given."""
         made_from = {"scores": self.stage_fingerprint("scores")}
         probes = fingerprint(sorted(self.ledger().labels("probe").items()))
-        self._write_table("plan.parquet", rows, PLAN_SCHEMA, made_from)
+        if not isinstance(rows, pa.Table):
+            rows = _from_rows("the plan", [{"cost": 1.0, **row} for row in rows], PLAN_SCHEMA)
+        self._write_table("plan.parquet", rows, made_from)
         made_from |= {"probe_labels": probes, "plan": self.stage_fingerprint("plan")}
         write_json_atomic(self.path / "triage.json", {**info, "made_from": made_from})
 
@@ -156,7 +206,8 @@ class RunFiles:
         """One row a prompt, in the pool's order; PivotTraceError if the scores have changed."""
         self._need("plan.parquet", "plan")
         made_from = {"scores": self.stage_fingerprint("scores")}
-        return self._read_table("plan.parquet", made_from, PLAN_SCHEMA)
+        table = self._read_table("plan.parquet", made_from, PLAN_SCHEMA)
+        return self._all_prompts("plan.parquet", table)
 
     def triage(self) -> dict[str, Any]:
         """triage.json; PivotTraceError if it tells of another plan than plan.parquet, as a killed
@@ -181,33 +232,28 @@ class RunFiles:
             )
         return path
 
-    def _write_table(
+    def _write_table(self, name: str, table: pa.Table, made_from: Mapping[str, str]) -> None:
+        write_table_atomic(self.path / name, table.replace_schema_metadata(_note(made_from)))
+
+    def _read_table(
         self,
         name: str,
-        rows: Sequence[Mapping[str, Any]],
-        schema: pa.Schema,
         made_from: Mapping[str, str],
-    ) -> None:
-        for row in rows:
-            if set(row) != set(schema.names):
-                odd = ", ".join(sorted(set(row) ^ set(schema.names)))
-                raise ValueError(f"a row of {name} lacks or should not have: {odd}")
-        table = pa.Table.from_pylist([dict(row) for row in rows], schema=schema)
-        note = json.dumps(dict(made_from), sort_keys=True)
-        table = table.replace_schema_metadata({"pivottrace.made_from": note})
-        write_table_atomic(self.path / name, table)
-
-    def _read_table(self, name: str, made_from: Mapping[str, str], schema: pa.Schema) -> pa.Table:
-        table = read_table(self.path / name)
-        note = _note(table)
+        schema: pa.Schema,
+        columns: list[str] | None = None,
+    ) -> pa.Table:
+        """A table of this run, or only `columns` of it; refused before its rows are read if it was
+        made from other things or its columns are not those of `schema`."""
+        found = read_schema(self.path / name)
+        note = _read_note(found)
         for what, now in made_from.items():
             if note.get(what) != now:
                 raise PivotTraceError(
                     f"{name} in {self.path} was made from {what} {note.get(what, 'unknown')}, "
                     f"but the run now has {what} {now}: make {name} again."
                 )
-        self._check_columns(name, table.schema, schema)
-        return table
+        self._check_columns(name, found, schema)
+        return read_table(self.path / name, columns or schema.names)
 
     def _check_columns(self, name: str, found: pa.Schema, wanted: pa.Schema) -> None:
         """Refuse a table of another version, naming the columns that differ."""
@@ -226,11 +272,38 @@ class RunFiles:
                 f"{name} again."
             )
 
+    def _all_prompts(self, name: str, table: pa.Table) -> pa.Table:
+        """The table, if it has a row for each prompt of the pool, in the pool's order."""
+        made_from = self.stage_fingerprint("pool")
+        found = fingerprint(table["pt_id"].to_pylist())
+        if found != made_from:
+            raise PivotTraceError(
+                f"{name} in {self.path} does not hold the run's prompts: its own are {found}, but "
+                f"the run was made from {made_from}."
+            )
+        return table
 
-def _note(table: pa.Table) -> dict[str, Any]:
+
+_NOTE = b"pivottrace.made_from"
+
+
+def _note(made_from: Mapping[str, str]) -> dict[bytes, str]:
+    """Metadata of a table that says what it was made from."""
+    return {_NOTE: json.dumps(dict(made_from), sort_keys=True)}
+
+
+def _read_note(schema: pa.Schema) -> dict[str, Any]:
     """What a table says it was made from; nothing if it is not ours."""
     try:
-        note = json.loads((table.schema.metadata or {}).get(b"pivottrace.made_from", b"{}"))
+        note = json.loads((schema.metadata or {}).get(_NOTE, b"{}"))
     except ValueError:
         return {}
     return note if isinstance(note, dict) else {}
+
+
+def _from_rows(name: str, rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
+    for row in rows:
+        if set(row) != set(schema.names):
+            odd = ", ".join(sorted(set(row) ^ set(schema.names)))
+            raise ValueError(f"a row of {name} lacks or should not have: {odd}")
+    return pa.Table.from_pylist([dict(row) for row in rows], schema=schema)

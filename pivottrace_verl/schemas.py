@@ -3,6 +3,7 @@
 import pyarrow as pa
 
 from pivottrace_verl.estimators import ESTIMATORS
+from pivottrace_verl.traces import FEATURE_NAMES
 
 MESSAGES = pa.list_(pa.struct([("role", pa.string()), ("content", pa.string())]))
 
@@ -24,10 +25,13 @@ ROLLOUT = pa.struct(
         ("answer", pa.string()),
         ("n_tokens", pa.int64()),
         ("truncated", pa.bool_()),
-        # Null where the rollout was not traced.
+        # From here to entropy_forks: null where the rollout was not traced.
         ("pivots", pa.int64()),
         ("pivot_density", pa.float64()),
         ("entropy", pa.float64()),
+        ("self_certainty", pa.float64()),
+        ("entropy_forks", pa.float64()),
+        ("logprob", pa.float64()),
         ("traced", pa.bool_()),
     ]
 )
@@ -41,11 +45,15 @@ SCORE_SCHEMA = pa.schema(
         # Null on a tie for the top or without a parseable answer.
         ("majority", pa.string()),
         ("unparseable", pa.int64()),
+        # Rollouts whose answer could not be compared in time; not among the unparseable.
+        ("timed_out", pa.int64()),
         ("truncated", pa.int64()),
         ("length_mean", pa.float64()),
         ("logprob_mean", pa.float64()),
         # Higher = more uncertain; raw, not ranked; NaN = unknown.
         *((f"uncertainty/{name}", pa.float64()) for name in ESTIMATORS),
+        # Means over the traced rollouts, for estimators that are fitted; NaN = unknown.
+        *((f"features/{name}", pa.float64()) for name in FEATURE_NAMES),
         ("rollouts", pa.list_(ROLLOUT)),
     ]
 )
@@ -59,5 +67,7 @@ PLAN_SCHEMA = pa.schema(
         # 1 = most uncertain.
         ("rank", pa.int64()),
         ("reason", pa.string()),
+        # Of the prompt's label, bought or not.
+        ("cost", pa.float64()),
     ]
 )

@@ -1,15 +1,15 @@
 """The oracle: an annotator that knows the answers, for demonstrations and tests.
 
-The only module that reads a file of answers: JSONL or CSV with `pt_id` and `label`. It writes a
-filled queue file, which comes back by the same import that a person's file takes.
+The only module that reads a file of answers: JSONL, CSV or Parquet with `pt_id` and `label`. It
+writes a filled queue file of these formats, which comes back by the same import that a person's
+file takes.
 """
 
 from pathlib import Path
 
-from pivottrace_verl.annotation.tables import read_rows, write_rows
+from pivottrace_verl.annotation.formats import KEYS, table_of
 from pivottrace_verl.errors import PivotTraceError
-
-KEYS = ("pt_id", "label")
+from pivottrace_verl.files import remove_leftovers
 
 
 def fill(queue_file: str | Path, answers_file: str | Path, out_file: str | Path) -> int:
@@ -17,8 +17,10 @@ def fill(queue_file: str | Path, answers_file: str | Path, out_file: str | Path)
 
     Labels that are there stay. Raises PivotTraceError if a prompt of the queue has no answer.
     """
-    answers = {row["pt_id"]: row["label"] for _, row in read_rows(Path(answers_file), KEYS)}
-    rows = [row for _, row in read_rows(Path(queue_file), KEYS)]
+    queue, known, out = Path(queue_file), Path(answers_file), Path(out_file)
+    answers = {row["pt_id"]: row["label"] for _, row in table_of(known).rows(known, KEYS)}
+    rows = [row for _, row in table_of(queue).rows(queue, KEYS)]
+    writer = table_of(out)
     open_rows = [row for row in rows if row["label"] in (None, "")]
     missing = [row["pt_id"] for row in open_rows if row["pt_id"] not in answers]
     if missing:
@@ -29,5 +31,6 @@ def fill(queue_file: str | Path, answers_file: str | Path, out_file: str | Path)
     for row in open_rows:
         row["label"] = answers[row["pt_id"]]
     columns = dict.fromkeys(name for row in rows for name in row) or KEYS
-    write_rows(Path(out_file), rows, list(columns))
+    remove_leftovers(out.parent, out.name)
+    writer.write(out, rows, list(columns))
     return len(open_rows)

@@ -1,68 +1,49 @@
-"""The queue: prompts out to an annotator, labels back in.
+"""The queue: prompts out to annotators, as a file in any of `formats`.
 
-Contract: an import is all or nothing. Every row of the file is checked before the ledger is
-touched, and the error names how many rows are bad and the first of each sort. Importing a file
-again changes nothing. A label in the ledger stands: a different one is a conflict, reported and
-not added.
+Contract: a prompt with a label is not asked for again; an export never replaces labels that were
+not imported. Everything in a prompt is untrusted: CSV cells are guarded against formulas, and the
+tools' files name fields that show text as text.
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pivottrace_verl.annotation.tables import check_suffix, read_rows, write_rows
-from pivottrace_verl.answers import get_answers
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pivottrace_verl.annotation.formats import format_of, read_annotations, write_queue
 from pivottrace_verl.errors import PivotTraceError
-from pivottrace_verl.ledger import PURPOSES
+from pivottrace_verl.files import remove_leftovers
 from pivottrace_verl.pool import RunDir
 from pivottrace_verl.prompts import render
 
 COLUMNS = ("pt_id", "prompt", "data_source", "uncertainty", "majority", "label")
 
 
-@dataclass(frozen=True)
-class ImportResult:
-    """What an import did."""
-
-    added: int
-    """Labels new in the ledger."""
-    already: int
-    """Labels that mean what the ledger has for the prompt already."""
-    empty: int
-    """Rows without a label yet."""
-    conflicts: list[tuple[str, str, str]] = field(default_factory=list)
-    """(pt_id, label in the ledger, label in the file): the ledger's stands."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON-able."""
-        return asdict(self)
-
-    def sentence(self) -> str:
-        """What a person wants to know."""
-        text = (
-            f"{self.added} labels added, {self.already} were in the ledger already, {self.empty} "
-            "prompts have no label yet"
-        )
-        if self.conflicts:
-            pt_id, before, now = self.conflicts[0]
-            text += (
-                f"; {len(self.conflicts)} labels differ from the ledger's, which stand (first: "
-                f"{pt_id} has '{before}', the file says '{now}')"
-            )
-        return text + "."
+def waiting(run: RunDir, what: str = "queue") -> list[str]:
+    """Prompts without a label: the `probes` drawn, or the plan's `queue`, most uncertain first."""
+    if what == "probes":
+        wanted = run.probes()["pt_ids"]
+    elif what == "queue":
+        rows = run.plan().select(["pt_id", "route", "rank"]).to_pylist()
+        annotate = [row for row in rows if row["route"] == "annotate"]
+        wanted = [row["pt_id"] for row in sorted(annotate, key=lambda row: row["rank"])]
+    else:
+        raise PivotTraceError(f"--what must be probes or queue, not {what!r}.")
+    labelled = run.ledger().labels()
+    return [pt_id for pt_id in wanted if pt_id not in labelled]
 
 
-def export_queue(run: RunDir, pt_ids: Sequence[str], path: str | Path) -> int:
-    """Write the prompts, in the order given, with an empty `label`; returns their number.
+def queue_rows(run: RunDir, pt_ids: Sequence[str]) -> tuple[list[dict[str, Any]], list[str]]:
+    """Rows to annotate, in the order given, and their columns.
 
     `prompt` is rendered text, `uncertainty` the plan's if there is a plan, `majority` the
-    policy's own vote if there are scores. Raises PivotTraceError for ids that are not in the pool
-    or there twice, and if a file of that name holds labels that the ledger does not.
+    policy's own vote if there are scores, `label` empty. `cost` is there if the plan names one
+    other than 1 for any of them; otherwise the cost is left to the import. Raises PivotTraceError
+    for ids that are not in the pool or there twice.
     """
-    path = Path(path)
-    check_suffix(path)
     prompts = {prompt.pt_id: prompt for prompt in run.pool()}
     unknown = [pt_id for pt_id in pt_ids if pt_id not in prompts]
     if unknown:
@@ -71,136 +52,74 @@ def export_queue(run: RunDir, pt_ids: Sequence[str], path: str | Path) -> int:
         )
     if len(set(pt_ids)) != len(pt_ids):
         raise PivotTraceError("A prompt is in the list to annotate more than once.")
-    _keep_work(run, path)
-    uncertainty: dict[str, float] = {}
+    planned: dict[str, dict[str, Any]] = {}
     majority: dict[str, str | None] = {}
     if (run.path / "scores.parquet").exists():
-        scores = run.scores().select(["pt_id", "majority"]).to_pylist()
+        scores = _rows_of(run.scores(), pt_ids, ("pt_id", "majority"))
         majority = {row["pt_id"]: row["majority"] for row in scores}
         if (run.path / "plan.parquet").exists():
-            plan = run.plan().select(["pt_id", "uncertainty"]).to_pylist()
-            uncertainty = {row["pt_id"]: row["uncertainty"] for row in plan}
+            plan = _rows_of(run.plan(), pt_ids, ("pt_id", "uncertainty", "cost"))
+            planned = {row["pt_id"]: row for row in plan}
+    columns = list(COLUMNS)
+    if any(row.get("cost", 1.0) != 1.0 for row in planned.values()):
+        columns.insert(-1, "cost")
     rows = [
         {
             "pt_id": pt_id,
             "prompt": render(prompts[pt_id].messages),
             "data_source": prompts[pt_id].data_source,
-            "uncertainty": uncertainty.get(pt_id),
+            "uncertainty": _known(planned.get(pt_id, {}).get("uncertainty")),
             "majority": majority.get(pt_id),
+            "cost": _known(planned.get(pt_id, {}).get("cost")),
             "label": "",
         }
         for pt_id in pt_ids
     ]
-    write_rows(path, rows, COLUMNS)
+    return rows, columns
+
+
+def _rows_of(table: pa.Table, pt_ids: Sequence[str], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of these prompts, with those of the columns that there are."""
+    table = table.select([name for name in names if name in table.column_names])
+    wanted = pc.is_in(table["pt_id"], value_set=pa.array(pt_ids, pa.string()))
+    rows: list[dict[str, Any]] = table.filter(wanted).to_pylist()
+    return rows
+
+
+def _known(value: float | None) -> float | None:
+    """NaN, which no JSON may hold, as None."""
+    return None if value is None or math.isnan(value) else value
+
+
+def export_queue(
+    run: RunDir, pt_ids: Sequence[str], path: str | Path, file_format: str | None = None
+) -> int:
+    """Write `queue_rows` to a file; returns their number.
+
+    Raises PivotTraceError as that does, for an unknown format, and if a file of that name holds
+    labels that the ledger does not.
+    """
+    path = Path(path)
+    name = format_of(path, file_format)
+    rows, columns = queue_rows(run, pt_ids)
+    _keep_work(run, path, name)
+    remove_leftovers(path.parent, path.name)
+    write_queue(path, rows, columns, name)
     return len(rows)
 
 
-def _keep_work(run: RunDir, path: Path) -> None:
+def _keep_work(run: RunDir, path: Path, name: str) -> None:
     """Refuse to replace a queue file whose labels were never imported."""
     if not path.exists():
         return
     bought = run.ledger().labels()
-    waiting = [
-        row["pt_id"]
-        for _, row in read_rows(path, ("pt_id", "label"))
-        if str(row["label"] or "").strip() and row["pt_id"] not in bought
-    ]
-    if waiting:
-        raise PivotTraceError(
-            f"{path} already holds {len(waiting)} labels that are not imported (first: "
-            f"{waiting[0]}): import that file, or export under another name."
-        )
-
-
-def import_labels(
-    run: RunDir,
-    path: str | Path,
-    annotator: str,
-    purpose: str | None = None,
-    cost: float = 1.0,
-) -> ImportResult:
-    """Add the file's labels to the ledger; only `pt_id` and `label` are read.
-
-    `purpose` None: `probe` for the prompts of probes.json, `annotate` for all others.
-
-    Raises PivotTraceError, with the ledger as it was, if the file is unreadable, lacks a column,
-    names prompts that are not in the pool, holds labels that the run's answers kind cannot parse,
-    or two different labels for one prompt.
-    """
-    path = Path(path)
-    if purpose is not None and purpose not in PURPOSES:
-        raise PivotTraceError(
-            f"A label's purpose is '{purpose}', but must be one of {', '.join(PURPOSES)}."
-        )
-    if not cost >= 0 or cost == float("inf"):
-        raise PivotTraceError(f"The cost of a label is {cost}, but must not be negative.")
-    kind = get_answers(run.manifest["answers"]["kind"])
-    pool = {prompt.pt_id for prompt in run.pool()}
-    bought = run.ledger().labels()
-    new: dict[str, str] = {}
-    unknown: list[str] = []
-    unparseable: list[str] = []
-    contradicting: list[str] = []
-    conflicts: list[tuple[str, str, str]] = []
-    already = empty = 0
-    for line, row in read_rows(path, ("pt_id", "label")):
-        pt_id, label = row["pt_id"], _label(row["label"])
-        if pt_id not in pool:
-            unknown.append(f"line {line}: '{pt_id[:100]}'")
-        elif label == "":
-            empty += 1
-        elif label is None or kind.canonical(label) is None:
-            unparseable.append(f"line {line}: {row['label']!r}")
-        elif pt_id in bought:
-            if kind.equal(label, bought[pt_id]):
-                already += 1
-            else:
-                conflicts.append((pt_id, bought[pt_id], label))
-        elif pt_id in new:
-            if kind.equal(label, new[pt_id]):
-                already += 1
-            else:
-                contradicting.append(f"line {line}: '{label}' after '{new[pt_id]}'")
-        else:
-            new[pt_id] = label
-    faults = [
-        f"{len(found)} {what} (first: {found[0]})"
-        for what, found in (
-            ("rows name prompts that are not in this pool", unknown),
-            (f"labels cannot be read as {run.manifest['answers']['kind']} answers", unparseable),
-            ("prompts have two different labels", contradicting),
-        )
-        if found
-    ]
-    if faults:
-        raise PivotTraceError(f"{path} was not imported: {'; '.join(faults)}.")
-    probes = set(run.probes()["pt_ids"]) if (run.path / "probes.json").exists() else set()
-    run.ledger().append(
-        {
-            "pt_id": pt_id,
-            "label": label,
-            "annotator": annotator,
-            "source_file": str(path),
-            "cost": cost,
-            "purpose": purpose or ("probe" if pt_id in probes else "annotate"),
-        }
-        for pt_id, label in new.items()
+    unbought = dict.fromkeys(
+        found.pt_id
+        for found in read_annotations(path, name)
+        if found.label != "" and found.pt_id not in bought
     )
-    return ImportResult(added=len(new), already=already, empty=empty, conflicts=conflicts)
-
-
-def _label(value: Any) -> str | None:
-    """The label as text, "" if there is none yet, None if it is nothing a label could be."""
-    if value is None:
-        return ""
-    if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        return None
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    text = str(value).strip()
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        # Half a surrogate pair: no file could hold it.
-        return None
-    return text
+    if unbought:
+        raise PivotTraceError(
+            f"{path} already holds {len(unbought)} labels that are not imported (first: "
+            f"{next(iter(unbought))}): import that file, or export under another name."
+        )

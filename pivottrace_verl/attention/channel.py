@@ -5,7 +5,7 @@ user may enter (loopback TCP where the path would be too long), and every messag
 random token of its engine. A message is a msgpack header and raw little-endian numbers; nothing
 is unpickled. A trace that is lost, late or incomplete is counted and reported as None.
 
-Axes: T generated tokens, L traced layers, H head groups, F features.
+Axes: T generated tokens, L traced layers, H head groups, F features, K `TOKEN_STATISTICS`.
 """
 
 import asyncio
@@ -34,6 +34,7 @@ from pivottrace_verl.attention.config import (
     ENV_CAPTURE,
     ENV_ENDPOINT,
     ENV_TOKEN,
+    TOKEN_STATISTICS,
     WIRE_DTYPES,
     CaptureConfig,
 )
@@ -57,6 +58,17 @@ class Trace:
     """[T, L, H, F] float32."""
     token_entropy: np.ndarray
     """[T] float32, nats, of the full next-token distribution at temperature 1."""
+    self_certainty: np.ndarray
+    """[T] float32, nats: KL(uniform || that distribution)."""
+
+    def cut(self, n_tokens: int) -> "Trace":
+        """The first `n_tokens` rows."""
+        return Trace(
+            self.key,
+            self.stats[:n_tokens],
+            self.token_entropy[:n_tokens],
+            self.self_certainty[:n_tokens],
+        )
 
 
 class Header(msgspec.Struct, forbid_unknown_fields=True):
@@ -232,7 +244,7 @@ class Receiver:
             return None
         if n_tokens is None or rows == n_tokens:
             return trace
-        return Trace(key, trace.stats[:n_tokens], trace.token_entropy[:n_tokens])
+        return trace.cut(n_tokens)
 
     def _listen(self, socket: zmq.Socket) -> None:
         poller = zmq.Poller()
@@ -315,13 +327,11 @@ class Sender:
         """Say that this worker captures, and what."""
         self._send([_encode(Header(self._token, "hello", info=info))])
 
-    def trace(self, key: str, stats: np.ndarray, entropy: np.ndarray, missing_rows: int) -> None:
-        """Send stats [T, L, H, F] and entropy [T]."""
+    def trace(self, key: str, stats: np.ndarray, tokens: np.ndarray, missing_rows: int) -> None:
+        """Send stats [T, L, H, F] and token statistics [T, K]."""
         header = Header(self._token, "trace", key, stats.shape, self._wire, missing_rows, self.lost)
         dtype = WIRE_DTYPES[self._wire]
-        self._send(
-            [_encode(header), stats.astype(dtype).tobytes(), entropy.astype("<f4").tobytes()]
-        )
+        self._send([_encode(header), stats.astype(dtype).tobytes(), tokens.astype("<f4").tobytes()])
 
     def close(self) -> None:
         self._socket.close()
@@ -341,7 +351,7 @@ def _encode(header: Header) -> bytes:
 
 
 def _size(trace: Trace) -> int:
-    return trace.stats.nbytes + trace.token_entropy.nbytes
+    return trace.stats.nbytes + trace.token_entropy.nbytes + trace.self_certainty.nbytes
 
 
 def _unpack(header: Header, frames: Sequence[bytes]) -> _Arrived:
@@ -351,6 +361,7 @@ def _unpack(header: Header, frames: Sequence[bytes]) -> _Arrived:
     if min(header.shape) < 0:
         raise ValueError(f"shape {header.shape}")
     stats = np.frombuffer(frames[1], WIRE_DTYPES[header.wire]).reshape(header.shape)
-    entropy = np.frombuffer(frames[2], "<f4").reshape(header.shape[:1])
-    trace = Trace(header.key, stats.astype(np.float32), entropy.astype(np.float32))
+    tokens = np.frombuffer(frames[2], "<f4").reshape(header.shape[0], len(TOKEN_STATISTICS))
+    # Copies in either case: a view would keep the whole message alive.
+    trace = Trace(header.key, stats.astype(np.float32), *tokens.T.astype(np.float32))
     return _Arrived(trace, header.missing_rows)

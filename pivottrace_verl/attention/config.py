@@ -25,6 +25,10 @@ ENV_DISABLE = "PIVOTTRACE_DISABLE"
 EXTRA_ARGS_NAME = "pivottrace"
 """The name under which a request opts in, in `SamplingParams.extra_args`."""
 
+TOKEN_STATISTICS = ("token_entropy", "self_certainty")
+"""What is kept of the full next-token distribution that chose each token; see
+`vllm_hooks.token_statistics`."""
+
 WIRE_DTYPES = {"float32": "<f4", "float16": "<f2"}
 
 

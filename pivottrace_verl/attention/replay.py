@@ -7,6 +7,7 @@ token i; the row of the last token itself is never computed while generating and
 Axes: P prompt tokens, T generated tokens, L traced layers, H head groups, F features.
 """
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 
 from pivottrace_verl.attention.channel import Trace
-from pivottrace_verl.attention.config import CaptureConfig
+from pivottrace_verl.attention.config import TOKEN_STATISTICS, CaptureConfig
 from pivottrace_verl.attention.reference import dense_statistics, group_heads
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.pivots import FEATURES
@@ -59,8 +60,11 @@ def replay(
         ],
         dim=1,
     )
-    entropy = torch.special.entr(logits.softmax(-1)).sum(-1)
-    return Trace(key, stats.float().numpy(), entropy.float().cpu().numpy())
+    log_p = logits.log_softmax(-1)
+    entropy = torch.special.entr(log_p.exp()).sum(-1)
+    certainty = -math.log(log_p.shape[-1]) - log_p.mean(-1)
+    tokens = (values.float().cpu().numpy() for values in (entropy, certainty))
+    return Trace(key, stats.float().numpy(), *tokens)
 
 
 @contextmanager
@@ -107,7 +111,7 @@ def _log_sum_exp(
 
 def compare(trace: Trace, reference: Trace, config: CaptureConfig) -> dict[str, float]:
     """Largest absolute difference of each feature, distances in units of their window, and of
-    `token_entropy`.
+    the token statistics.
 
     Raises PivotTraceError where the two traces do not have the same shape.
     """
@@ -120,5 +124,8 @@ def compare(trace: Trace, reference: Trace, config: CaptureConfig) -> dict[str, 
         name: float(value) / (config.window if name.endswith("distance") else 1)
         for name, value in zip(FEATURES, difference, strict=True)
     }
-    entropy = np.abs(trace.token_entropy - reference.token_entropy).max()
-    return {**errors, "token_entropy": float(entropy)}
+    tokens = {
+        name: float(np.abs(getattr(trace, name) - getattr(reference, name)).max())
+        for name in TOKEN_STATISTICS
+    }
+    return {**errors, **tokens}

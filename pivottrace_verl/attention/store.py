@@ -9,7 +9,8 @@ The tracker learns of requests from the scheduler's output and reads a request's
 the store when it finishes, or when it is preempted and is about to lose its blocks: what was
 captured when a token was chosen is kept, whatever blocks the request resumes on.
 
-Axes: slots of the KV cache, T generated tokens, L traced layers, H head groups, F features.
+Axes: slots of the KV cache, T generated tokens, L traced layers, H head groups, F features,
+K `TOKEN_STATISTICS`.
 """
 
 import logging
@@ -20,7 +21,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from pivottrace_verl.attention.config import EXTRA_ARGS_NAME
+from pivottrace_verl.attention.config import EXTRA_ARGS_NAME, TOKEN_STATISTICS
 
 logger = logging.getLogger(__name__)
 
@@ -37,35 +38,35 @@ class RequestState(Protocol):
 
 class SendTrace(Protocol):
     def __call__(
-        self, key: str, stats: np.ndarray, entropy: np.ndarray, missing_rows: int
+        self, key: str, stats: np.ndarray, tokens: np.ndarray, missing_rows: int
     ) -> None: ...
 
 
 class SlotStore:
-    """stats [slots, L, H, F] and token entropy [slots], with the request that owns each slot.
+    """stats [slots, L, H, F] and token statistics [slots, K], with the request that owns each slot.
 
-    Memory is 4 (L H F + 2) bytes per slot; pages of slots never used are never touched.
+    Memory is 4 (L H F + K + 1) bytes per slot; pages of slots never used are never touched.
     """
 
     def __init__(self, n_slots: int, n_layers: int, n_groups: int, n_features: int) -> None:
         self.stats = torch.empty(n_slots, n_layers, n_groups, n_features)
-        self.entropy = torch.empty(n_slots)
+        self.tokens = torch.empty(n_slots, len(TOKEN_STATISTICS))
         self.owner = torch.zeros(n_slots, dtype=torch.int32)
 
     def write_layer(self, layer: int, slots: torch.Tensor, rows: torch.Tensor) -> None:
         """Rows [N, H, F] of one traced layer."""
         self.stats[:, layer].index_copy_(0, slots, rows)
 
-    def finish_rows(self, slots: torch.Tensor, entropy: torch.Tensor, owner: torch.Tensor) -> None:
-        """Last write of a step: token entropy [N], and whose rows these now are."""
-        self.entropy.index_copy_(0, slots, entropy)
+    def finish_rows(self, slots: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor) -> None:
+        """Last write of a step: token statistics [N, K], and whose rows these now are."""
+        self.tokens.index_copy_(0, slots, tokens)
         self.owner.index_copy_(0, slots, owner)
 
     def read(self, slots: np.ndarray, owner: int) -> tuple[np.ndarray, np.ndarray, int]:
-        """stats [T, L, H, F], entropy [T], and how many of the rows are not this owner's."""
+        """stats [T, L, H, F], token statistics [T, K], and how many rows are not this owner's."""
         index = torch.from_numpy(slots)
         missing = int((self.owner[index] != owner).sum())
-        return self.stats[index].numpy(), self.entropy[index].numpy(), missing
+        return self.stats[index].numpy(), self.tokens[index].numpy(), missing
 
 
 @dataclass
@@ -81,7 +82,7 @@ class Tracked:
 
     @property
     def n_saved(self) -> int:
-        return sum(len(entropy) for _, entropy in self.saved)
+        return sum(len(tokens) for _, tokens in self.saved)
 
 
 class Tracker:
@@ -144,8 +145,8 @@ class Tracker:
         if not tracked.saved:
             return  # aborted before its first token
         stats = np.concatenate([stats for stats, _ in tracked.saved])
-        entropy = np.concatenate([entropy for _, entropy in tracked.saved])
-        self._send(tracked.key, stats, entropy, tracked.missing_rows)
+        tokens = np.concatenate([tokens for _, tokens in tracked.saved])
+        self._send(tracked.key, stats, tokens, tracked.missing_rows)
 
     def _save(self, tracked: Tracked, state: RequestState) -> None:
         """Read the rows captured since the last save: positions P-1+n_saved to P-2+n_output."""
@@ -156,10 +157,10 @@ class Tracker:
         positions = np.arange(first, end)
         blocks = np.asarray(state.block_ids[self._group], np.int64)
         slots = blocks[positions // self._block_size] * self._block_size
-        stats, entropy, missing = self._store.read(
+        stats, tokens, missing = self._store.read(
             slots + positions % self._block_size, tracked.owner
         )
-        tracked.saved.append((stats, entropy))
+        tracked.saved.append((stats, tokens))
         tracked.missing_rows += missing
 
 

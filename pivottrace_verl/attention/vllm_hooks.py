@@ -7,7 +7,8 @@ environment asks for capture, `Capture` wraps instance attributes of that worker
 - `model_runner.execute_model`: the tracker sees each SchedulerOutput before the runner acts on it;
 - `impl.forward` of each traced attention layer: after the original, the rows of the queries that
   choose a token are computed from the paged keys;
-- `model.compute_logits`: the entropy of the logits that choose each token is stored beside them.
+- `model.compute_logits`: entropy and self-certainty of the logits that choose each token are
+  stored beside them.
 
 In vLLM's V1 runner a request has one such query a step, the last of its scheduled tokens. Rows of
 other queries are never needed: rows are read out before a preempted request loses its blocks.
@@ -52,7 +53,8 @@ from pivottrace_verl.pivots import FEATURES
 logger = logging.getLogger(__name__)
 
 _MARK = "_pivottrace"
-_ENTROPY_CHUNK = 1 << 24
+_LOGITS_CHUNK = 1 << 20
+"""Logits read at once: few enough that what is made of them stays in the cache."""
 _captures: "weakref.WeakSet[Capture]" = weakref.WeakSet()
 
 
@@ -246,7 +248,7 @@ class Capture:
             )
         if step.batch is not None:
             logits = logits.index_select(0, step.batch)
-        self.store.finish_rows(step.slots, token_entropy(logits), step.owners)
+        self.store.finish_rows(step.slots, token_statistics(logits), step.owners)
 
     def _begin(self, metadata: Any) -> Step | None:
         """Which queries of this step are rows; None when there are none."""
@@ -281,15 +283,30 @@ class Capture:
         return self._batch[1], self._batch[2]
 
 
-def token_entropy(logits: torch.Tensor) -> torch.Tensor:
-    """Entropy in nats of softmax(logits) at temperature 1: [N, V] -> [N] float32."""
-    chunk = max(1, _ENTROPY_CHUNK // logits.shape[-1])
+def token_statistics(logits: torch.Tensor) -> torch.Tensor:
+    """Statistics in nats of p = softmax(logits) at temperature 1, over the full vocabulary:
+    [N, V] -> [N, K] float32, in the order of `TOKEN_STATISTICS`.
+
+    Entropy is -sum p log p. Self-certainty (arXiv 2502.18581) is KL(uniform || p)
+    = -1/V sum log(V p), taken over the words that are not masked.
+    """
+    chunk = max(1, _LOGITS_CHUNK // logits.shape[-1])
     out = []
     for part in logits.split(chunk):
         # Masked vocabulary is -inf; the floor keeps 0 * -inf out of the sum.
         top = part.amax(-1, keepdim=True).float()
-        score = (part.float() - top).clamp_min_(FLOOR)
+        score = part.float() - top
+        n_words = score.new_full((len(score),), score.shape[-1])
+        score_sum = score.sum(-1)
+        if bool(score_sum.isinf().any()):
+            masked = score == -torch.inf
+            n_words -= masked.sum(-1)
+            score_sum = score.masked_fill(masked, 0.0).sum(-1)
+        score.clamp_min_(FLOOR)
         weight = score.exp()
         total = weight.sum(-1)
-        out.append(total.log() - torch.linalg.vecdot(weight, score) / total)
+        log_total = total.log()
+        entropy = log_total - torch.linalg.vecdot(weight, score) / total
+        certainty = log_total - n_words.log() - score_sum / n_words
+        out.append(torch.stack([entropy, certainty], dim=-1))
     return torch.cat(out)

@@ -7,4 +7,4 @@ NAME = "entropy"
 
 def score(group: GroupRecord) -> float:
     """In nats; NaN if no rollout was traced."""
-    return mean_known(r.entropy_mean for r in group.rollouts)
+    return mean_known(trace.entropy_mean for _, trace in group.traced())

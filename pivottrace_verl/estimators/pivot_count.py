@@ -7,4 +7,4 @@ NAME = "pivot_count"
 
 def score(group: GroupRecord) -> float:
     """At least 0; NaN if no rollout was traced."""
-    return mean_known(r.pivots for r in group.rollouts)
+    return mean_known(trace.pivots for _, trace in group.traced())

@@ -7,6 +7,4 @@ NAME = "pivot_density"
 
 def score(group: GroupRecord) -> float:
     """In [0, 1]; NaN if no rollout was traced."""
-    return mean_known(
-        None if r.pivots is None else r.pivots / max(r.n_tokens, 1) for r in group.rollouts
-    )
+    return mean_known(rollout.per_token(trace.pivots) for rollout, trace in group.traced())

@@ -1,7 +1,8 @@
 """The report's charts: each takes numbers and gives a `Chart` (title, drawing, legend, note).
 
 Contract: a chart that has nothing to show has no drawing and a `note` that says what is missing.
-One route has one class everywhere (`r-annotate`, `r-self_train`, `r-drop`), so one colour;
+One route has one class everywhere (`r-annotate`, `r-self_train`, `r-drop`, `r-review`), so one
+colour;
 `style.css` gives the colours for light, dark and print.
 """
 
@@ -15,7 +16,7 @@ from markupsafe import Markup
 from pivottrace_verl.report.learning import PARTS, TRAINED_ROUTES, Learning, Series, smooth
 from pivottrace_verl.report.svg import Plot, number, span
 
-ROUTES = ("drop", "self_train", "annotate")
+ROUTES = ("drop", "self_train", "annotate", "review")
 
 
 @dataclass(frozen=True)

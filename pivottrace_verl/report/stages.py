@@ -55,10 +55,13 @@ def stage_list(
     add("probe", bool(probes) and bought == len(probes), detail)
 
     planned = (path / "plan.parquet").exists()
-    open_detail = "refuses this ranking" if refused else "not done yet"
-    add("triage", planned, "every prompt has a route" if planned else open_detail)
-
+    detail = "refuses this ranking" if refused else "not done yet"
     rows = run.plan().select(["pt_id", "route"]).to_pylist() if planned else []
+    if planned:
+        apart = sum(row["route"] == "review" for row in rows)
+        detail = "every prompt has a route" + (f", {apart} to review" if apart else "")
+    add("triage", planned, detail)
+
     wanted = [row["pt_id"] for row in rows if row["route"] == "annotate"]
     have = sum(pt_id in labels for pt_id in wanted)
     detail = f"{have} of {len(wanted)} labels" if planned else "not done yet"

@@ -11,11 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
+import pyarrow as pa
+
 from pivottrace_verl.calibration import Outcome, calibrate, outcomes
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.pool import RunDir
 from pivottrace_verl.ranking import Uninformative, estimator_table, uncertainty
-from pivottrace_verl.triage import TriageConfig, triage
+from pivottrace_verl.triage import TriageConfig, sound, triage
 
 FEWEST = 8
 """Labelled probes below which no curve is drawn."""
@@ -41,22 +43,24 @@ def probe_view(run: RunDir, manifest: Mapping[str, Any]) -> dict[str, Any]:
     }
     if not (run.path / "scores.parquet").exists():
         return view
-    scores = run.scores()
+    scores = run.scores(rollouts=False)
     labels = run.ledger().labels()
     drawn = set(run.probes()["pt_ids"]) if (run.path / "probes.json").exists() else set()
     probed = {pt_id: label for pt_id, label in labels.items() if pt_id in drawn}
     found = outcomes(scores, probed, manifest["answers"]["kind"])
+    info = run.triage() if view["triaged"] else {}
+    for part in ("curve", "config"):
+        if view["triaged"] and not isinstance(info.get(part), dict):
+            raise PivotTraceError(f"triage.json in {run.path} has no {part}: triage again.")
+    found = _judged(scores, found, info.get("config") or asdict(_planned_config(run, manifest)))
     if view["triaged"]:
-        info = run.triage()
-        if not isinstance(info.get("curve"), dict):
-            raise PivotTraceError(f"triage.json in {run.path} has no curve: triage again.")
         view |= {key: info.get(key) for key in ("curve", "table", "estimator", "direction")}
         view |= {"spearman": info.get("spearman"), "config": info.get("config")}
         view["refused"] = info.get("refused")  # Then another estimator took its place.
         u = {row["pt_id"]: row["uncertainty"] for row in run.plan().to_pylist()}
     elif found:
         view |= _so_far(run, manifest, scores, found, set(labels))
-        u = uncertainty(scores, view["estimator"], view["direction"])
+        u = uncertainty(scores, view["estimator"], view["direction"], found)
         if view["curve"] is None and len(found) >= FEWEST:
             rows = [(u[o.pt_id], o.pass_rate, o.majority_right) for o in found]
             config = view["config"]
@@ -81,6 +85,14 @@ def probe_view(run: RunDir, manifest: Mapping[str, Any]) -> dict[str, Any]:
         for outcome in found
     ]
     return view
+
+
+def _judged(scores: Any, found: Sequence[Outcome], config: Mapping[str, Any]) -> list[Outcome]:
+    """The probes that calibration looks at: without those set apart for review."""
+    names = ("max_unanswered", "max_truncated")
+    limits = TriageConfig(**{name: config[name] for name in names if name in config})
+    broken = set(scores["pt_id"].filter(pa.array(~sound(scores, limits))).to_pylist())
+    return [outcome for outcome in found if outcome.pt_id not in broken]
 
 
 def _so_far(
@@ -129,7 +141,8 @@ def ranking(run: RunDir, view: Mapping[str, Any]) -> dict[str, float]:
     if not (run.path / "scores.parquet").exists():
         return {}
     estimator, direction = view["estimator"] or "pivot_count", view["direction"] or "higher"
-    return uncertainty(run.scores(), estimator, direction)
+    probes = [Outcome(p["pt_id"], p["pass_rate"], p["majority_right"]) for p in view["probes"]]
+    return uncertainty(run.scores(), estimator, direction, probes)
 
 
 def zone(u: float, curve: Mapping[str, Any] | None) -> str:

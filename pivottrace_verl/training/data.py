@@ -1,118 +1,147 @@
 """verl's rows from a run directory: train.parquet and val.parquet.
 
 Contract: verl's columns plus `extra_info.{index,pt_id,labeled,route,uncertainty}`. Dropped prompts
-are absent. A ground truth stands only where the ledger holds a bought label; everywhere else it is
-null, so that no component of the training process could read what was not paid for.
+and prompts in review are absent. A ground truth stands only where the ledger holds a bought label;
+everywhere else it is null, so that no component of the training process could read what was not
+paid for. Imports no verl: stock verl reads these files without us.
+
+Axes: P rows.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.files import write_table_atomic
 from pivottrace_verl.pool import RunDir
-from pivottrace_verl.schemas import MESSAGES
-
-_SCHEMA = pa.schema(
-    [
-        ("prompt", MESSAGES),
-        ("data_source", pa.string()),
-        ("reward_model", pa.struct([("style", pa.string()), ("ground_truth", pa.string())])),
-        (
-            "extra_info",
-            pa.struct(
-                [
-                    ("index", pa.int64()),
-                    ("pt_id", pa.string()),
-                    ("labeled", pa.bool_()),
-                    ("route", pa.string()),
-                    ("uncertainty", pa.float64()),
-                ]
-            ),
-        ),
-    ]
-)
 
 
-def train_rows(run: RunDir) -> list[dict[str, Any]]:
-    """One verl row for each prompt that is trained on, in the pool's order.
+def train_table(run: RunDir, *, self_train: bool = True) -> pa.Table:
+    """One verl row for each prompt that is trained on, in the pool's order; without `self_train`
+    only those with a label.
 
     Raises PivotTraceError if a prompt on route annotate has no label yet.
     """
-    plan = {row["pt_id"]: row for row in run.plan().to_pylist()}
+    plan = run.plan()
+    routes = ["annotate", "self_train"] if self_train else ["annotate"]
+    kept = pc.is_in(plan["route"], value_set=pa.array(routes))
+    plan = plan.filter(kept)
+    # The plan is in the pool's order.
+    prompts = run.pool_table(["prompt", "data_source"]).filter(kept)
     labels = run.ledger().labels()
-    rows: list[dict[str, Any]] = []
-    waiting: list[str] = []
-    for prompt in run.pool():
-        entry = plan[prompt.pt_id]
-        if entry["route"] == "drop":
-            continue
-        labeled = entry["route"] == "annotate"
-        if labeled and prompt.pt_id not in labels:
-            waiting.append(prompt.pt_id)
-            continue
-        rows.append(
-            _row(
-                prompt.messages,
-                prompt.data_source,
-                labels[prompt.pt_id] if labeled else None,
-                pt_id=prompt.pt_id,
-                index=len(rows),
-                route=entry["route"],
-                uncertainty=entry["uncertainty"],
-            )
-        )
-    if waiting:
+    at = pc.index_in(plan["pt_id"], value_set=pa.array(list(labels), pa.string()))
+    label = pa.chunked_array([pa.array(list(labels.values()), pa.string())]).take(at)
+    annotate = pc.equal(plan["route"], "annotate")
+    waiting = plan["pt_id"].filter(pc.and_(annotate, pc.is_null(label)))
+    if len(waiting):
         raise PivotTraceError(
             f"{len(waiting)} prompts on route annotate have no label yet (first: {waiting[0]}): "
             "run `pivottrace annotate export`, have the file filled, and import it."
         )
-    return rows
+    truth = pc.if_else(annotate, label, pa.scalar(None, pa.string()))
+    return _table(prompts, truth, plan["pt_id"], plan["route"], plan["uncertainty"])
 
 
-def _row(
-    messages: list[dict[str, str]],
-    data_source: str,
-    label: str | None,
-    *,
-    pt_id: str,
-    index: int,
-    route: str,
-    uncertainty: float,
-) -> dict[str, Any]:
-    return {
-        "prompt": messages,
-        "data_source": data_source,
-        "reward_model": {"style": "rule", "ground_truth": label},
-        "extra_info": {
-            "index": index,
-            "pt_id": pt_id,
-            "labeled": label is not None,
-            "route": route,
-            "uncertainty": float(uncertainty),
-        },
+def val_table(run: RunDir) -> pa.Table:
+    """One verl row a validation prompt, with its label; no rows if the run has none."""
+    found = run.validation_table()
+    n = found.num_rows
+    route, uncertainty = pa.repeat("validation", n), pa.repeat(0.0, n)
+    prompts = found.select(["prompt", "data_source"])
+    return _table(prompts, found["label"], found["pt_id"], route, uncertainty)
+
+
+def _table(
+    prompts: pa.Table, truth: pa.Array, pt_id: pa.Array, route: pa.Array, u: pa.Array
+) -> pa.Table:
+    """[P] columns -> verl's rows."""
+    n = prompts.num_rows
+    reward = {"style": pa.repeat("rule", n), "ground_truth": truth}
+    extra = {
+        "index": pa.array(np.arange(n)),
+        "pt_id": pt_id,
+        "labeled": pc.is_valid(truth),
+        "route": route,
+        "uncertainty": u,
     }
+    return pa.table(
+        {
+            "prompt": prompts["prompt"],
+            "data_source": prompts["data_source"],
+            "reward_model": _struct(reward),
+            "extra_info": _struct(extra),
+        }
+    )
+
+
+def _struct(fields: dict[str, pa.Array]) -> pa.Array:
+    whole = [f.combine_chunks() if isinstance(f, pa.ChunkedArray) else f for f in fields.values()]
+    return pa.StructArray.from_arrays(whole, list(fields))
 
 
 def write_training_files(run: RunDir) -> tuple[int, int]:
     """Write RUN/train/{train,val}.parquet; returns the numbers of rows."""
-    folder = run.path / "train"
-    train = train_rows(run)
-    val = [
-        _row(
-            prompt.messages,
-            prompt.data_source,
-            label,
-            pt_id=prompt.pt_id,
-            index=index,
-            route="validation",
-            uncertainty=0.0,
+    train, val = train_table(run), val_table(run)
+    write_table_atomic(run.path / "train" / "train.parquet", train)
+    write_table_atomic(run.path / "train" / "val.parquet", val)
+    return train.num_rows, val.num_rows
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote."""
+
+    labelled: int
+    """Training rows with a bought label."""
+    self_train: int
+    """Training rows without one: our trainer votes in its place."""
+    left_out: int
+    """self_train prompts that are not in the file."""
+    validation: int
+    """Validation rows; without any there is no val.parquet."""
+
+    def sentences(self, folder: Path) -> list[str]:
+        """What a person wants to know."""
+        out = [f"{self.labelled} labelled prompts written to {folder / 'train.parquet'}."]
+        if self.self_train:
+            out.append(
+                f"{self.self_train} self_train rows there have a null ground truth and need "
+                "PivotTrace's trainer (`pivottrace train`): stock verl cannot reward them."
+            )
+        if self.left_out:
+            out.append(
+                f"{self.left_out} self_train prompts have no label and are left out; "
+                "--with-self-train adds them for PivotTrace's trainer."
+            )
+        out.append(
+            f"{self.validation} validation prompts written to {folder / 'val.parquet'}."
+            if self.validation
+            else "The run has no validation prompts, so there is no val.parquet."
         )
-        for index, (prompt, label) in enumerate(run.validation())
-    ]
-    write_table_atomic(folder / "train.parquet", pa.Table.from_pylist(train, schema=_SCHEMA))
-    write_table_atomic(folder / "val.parquet", pa.Table.from_pylist(val, schema=_SCHEMA))
-    return len(train), len(val)
+        return out
+
+
+def export_for_verl(run: RunDir, folder: Path, *, self_train: bool = False) -> Exported:
+    """Write folder/train.parquet and folder/val.parquet, for stock verl unless `self_train` adds
+    the rows that only our trainer can use.
+
+    Raises PivotTraceError, with nothing written, if a label is missing or no row is left.
+    """
+    train, val = train_table(run, self_train=self_train), val_table(run)
+    if not train.num_rows:
+        raise PivotTraceError(
+            f"The plan of {run.path} leaves no prompt to export"
+            + ("." if self_train else " with a label: only self_train rows are trained on.")
+        )
+    planned = pc.sum(pc.equal(run.plan()["route"], "self_train")).as_py() or 0
+    chosen = planned if self_train else 0
+    write_table_atomic(folder / "train.parquet", train)
+    if val.num_rows:
+        write_table_atomic(folder / "val.parquet", val)
+    return Exported(train.num_rows - chosen, chosen, planned - chosen, val.num_rows)

@@ -49,7 +49,7 @@ SMALL = {
     "score": ["--rollouts", "8", "--part-size", "32"],
     "probes": 32,
     # A model of half a minute gives no ranking worth the name; both routes must be trained on.
-    "triage": ["--min-spearman", "1e-6", "--overflow", "self_train"],
+    "triage": ["--min-spearman", "1e-6", "--alpha", "1", "--overflow", "self_train"],
     "train": [
         "--steps", "3", "--batch-size", "8", "--rollouts", "4", "--learning-rate", "3e-4",
         "--val-samples", "1",

@@ -48,7 +48,7 @@ def run_engines(tmp_path_factory):
         return SimpleNamespace(
             **json.loads((scratch / "runs.json").read_text()),
             traces={
-                key: Trace(key, found[f"{key}:stats"], found[f"{key}:entropy"]) for key in keys
+                key: Trace(key, found[f"{key}:stats"], *found[f"{key}:tokens"]) for key in keys
             },
             scratch=scratch,
         )

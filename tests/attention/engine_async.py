@@ -60,7 +60,8 @@ async def main(scratch):
         trace = await receiver.aget(key, timeout=10.0, n_tokens=len(tokens))
         requests.append({"key": key, "prompt": prompt, "tokens": tokens})
         if trace is not None:
-            traces[f"{key}:stats"], traces[f"{key}:entropy"] = trace.stats, trace.token_entropy
+            traces[f"{key}:stats"] = trace.stats
+            traces[f"{key}:tokens"] = np.stack([trace.token_entropy, trace.self_certainty])
 
     await asyncio.gather(*(rollout(prompt, seed) for prompt in prompts for seed in range(8)))
     engine.shutdown()

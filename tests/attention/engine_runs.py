@@ -114,7 +114,7 @@ class Scenarios:
         trace = self.receiver.get(key, timeout=10.0 if asked else 0.1, n_tokens=len(tokens))
         if trace is not None:
             self.traces[f"{key}:stats"] = trace.stats
-            self.traces[f"{key}:entropy"] = trace.token_entropy
+            self.traces[f"{key}:tokens"] = np.stack([trace.token_entropy, trace.self_certainty])
 
     def greedy(self):
         self.generate("greedy", GREEDY_PROMPTS, 40, temperature=0.0, seed=None)

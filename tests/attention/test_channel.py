@@ -37,7 +37,7 @@ def sender(receiver):
 def make_rows(n_tokens, seed=0):
     g = np.random.default_rng(seed)
     stats = g.normal(size=(n_tokens, 2, 1, N_FEATURES)).astype(np.float32)
-    return stats, g.normal(size=n_tokens).astype(np.float32)
+    return stats, g.normal(size=(n_tokens, 2)).astype(np.float32)
 
 
 def wait_for(receiver, name, value):
@@ -48,31 +48,33 @@ def wait_for(receiver, name, value):
 
 
 def test_a_trace_arrives_as_it_was_sent(receiver, sender):
-    stats, entropy = make_rows(7)
-    sender.trace("a", stats, entropy, 0)
+    stats, tokens = make_rows(7)
+    sender.trace("a", stats, tokens, 0)
     trace = receiver.get("a")
     assert trace.key == "a"
     assert np.array_equal(trace.stats, stats)
-    assert np.array_equal(trace.token_entropy, entropy)
+    assert np.array_equal(trace.token_entropy, tokens[:, 0])
+    assert np.array_equal(trace.self_certainty, tokens[:, 1])
     assert trace.stats.dtype == np.float32
 
 
 def test_half_precision_halves_the_bytes_and_keeps_float32_outside(receiver):
     sender = Sender(os.environ[ENV_ENDPOINT], os.environ[ENV_TOKEN], wire="float16")
-    stats, entropy = make_rows(3)
-    sender.trace("a", stats, entropy, 0)
+    stats, tokens = make_rows(3)
+    sender.trace("a", stats, tokens, 0)
     trace = receiver.get("a")
     assert np.array_equal(trace.stats, stats.astype(np.float16).astype(np.float32))
-    assert np.array_equal(trace.token_entropy, entropy)
+    assert np.array_equal(trace.token_entropy, tokens[:, 0])
     sender.close()
 
 
 def test_rows_past_the_last_token_are_cut(receiver, sender):
-    stats, entropy = make_rows(7)
-    sender.trace("a", stats, entropy, 0)
+    stats, tokens = make_rows(7)
+    sender.trace("a", stats, tokens, 0)
     trace = receiver.get("a", n_tokens=5)
     assert np.array_equal(trace.stats, stats[:5])
-    assert np.array_equal(trace.token_entropy, entropy[:5])
+    assert np.array_equal(trace.token_entropy, tokens[:5, 0])
+    assert np.array_equal(trace.self_certainty, tokens[:5, 1])
 
 
 def test_incomplete_traces_are_none_and_counted(receiver, sender):
@@ -153,27 +155,27 @@ def test_a_wrong_token_is_rejected_and_counted(receiver, sender):
     ],
 )
 def test_malformed_messages_are_rejected_and_the_next_is_served(receiver, sender, change):
-    stats, entropy = make_rows(2)
+    stats, tokens = make_rows(2)
     header = Header(os.environ[ENV_TOKEN], "trace", "a", stats.shape)
     broken = msgspec.structs.replace(header, **change)
     socket = zmq.Context.instance().socket(zmq.PUSH)
     socket.connect(os.environ[ENV_ENDPOINT])
-    socket.send_multipart([msgspec.msgpack.encode(broken), stats.tobytes(), entropy.tobytes()])
+    socket.send_multipart([msgspec.msgpack.encode(broken), stats.tobytes(), tokens.tobytes()])
     socket.send(b"\xc1 not msgpack")
     socket.send(b"")
     wait_for(receiver, "rejected", 3)
-    sender.trace("b", stats, entropy, 0)
+    sender.trace("b", stats, tokens, 0)
     assert receiver.get("b") is not None
     socket.close()
 
 
 def test_traces_nobody_collects_are_capped_oldest_first_and_counted():
-    stats, entropy = make_rows(10)
-    room = 3 * (stats.nbytes + entropy.nbytes)
+    stats, tokens = make_rows(10)
+    room = 3 * (stats.nbytes + tokens.nbytes)
     with Receiver(CaptureConfig(), max_bytes=room) as receiver:
         sender = Sender(os.environ[ENV_ENDPOINT], os.environ[ENV_TOKEN])
         for i in range(10):
-            sender.trace(f"k{i}", stats, entropy, 0)
+            sender.trace(f"k{i}", stats, tokens, 0)
         wait_for(receiver, "received", 10)
         assert receiver.counters["dropped"] == 7
         assert list(receiver._held) == ["k7", "k8", "k9"]
@@ -183,10 +185,10 @@ def test_traces_nobody_collects_are_capped_oldest_first_and_counted():
 
 
 def test_ten_thousand_traces_leave_no_entry_behind(receiver, sender):
-    stats, entropy = make_rows(1)
+    stats, tokens = make_rows(1)
     for start in range(0, 10_000, 500):
         for i in range(start, start + 500):
-            sender.trace(str(i), stats, entropy, 0)
+            sender.trace(str(i), stats, tokens, 0)
         for i in range(start, start + 500):
             assert receiver.get(str(i), 10.0) is not None
     assert not receiver._held and not receiver._waiting and not receiver._given_up

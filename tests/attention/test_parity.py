@@ -72,6 +72,7 @@ def test_every_token_has_its_row_and_it_equals_dense_attention(
         trace = trace_of(runs, request)
         assert trace is not None, f"{request['key']} has no trace"
         assert len(trace.stats) == len(trace.token_entropy) == len(request["tokens"]) > 0
+        assert len(trace.self_certainty) == len(request["tokens"])
         errors = compare(trace, replayed(runs, model, request), CONFIGS[model])
         worst = {name: max(error, worst.get(name, 0)) for name, error in errors.items()}
     record_property("max_abs_error", max(worst.values()))
@@ -101,10 +102,11 @@ def test_a_bfloat16_engine_correlates_with_float32_attention_or_is_refused(runs)
 def test_the_comparison_fails_when_rows_are_shifted_by_one(runs, model):
     for request in of(runs, model)["requests"]["plain"]:
         trace, dense = trace_of(runs, request), replayed(runs, model, request)
-        shifted = Trace("", trace.stats[1:], trace.token_entropy[1:])
-        shorter = Trace("", dense.stats[:-1], dense.token_entropy[:-1])
+        shifted = Trace("", trace.stats[1:], trace.token_entropy[1:], trace.self_certainty[1:])
+        shorter = dense.cut(len(dense.stats) - 1)
         errors = compare(shifted, shorter, CONFIGS[model])
-        assert min(errors[name] for name in ("entropy", "distance", "token_entropy")) > 0.01
+        names = ("entropy", "distance", "token_entropy", "self_certainty")
+        assert min(errors[name] for name in names) > 0.01
 
 
 @models

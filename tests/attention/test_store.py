@@ -19,8 +19,8 @@ class Engine:
         self.store = SlotStore(n_blocks * BLOCK, n_layers=2, n_groups=1, n_features=1)
         self.tracker = Tracker(self.store, BLOCK, group=0, send=self.send)
 
-    def send(self, key, stats, entropy, missing_rows):
-        self.sent[key] = (stats, entropy, missing_rows)
+    def send(self, key, stats, tokens, missing_rows):
+        self.sent[key] = (stats, tokens, missing_rows)
 
     def step(self, new=(), finished=(), preempted=()):
         self.tracker.observe(
@@ -52,14 +52,16 @@ class Engine:
         for layer in range(2):
             self.store.write_layer(layer, slots, torch.full((1, 1, 1), value + layer / 2))
         _, owners = self.tracker.rows_of([req_id])
-        self.store.finish_rows(slots, torch.tensor([-value]), torch.from_numpy(owners))
+        tokens = torch.tensor([[-value, 2 * value]])
+        self.store.finish_rows(slots, tokens, torch.from_numpy(owners))
         state.output_token_ids.append(0)
 
 
 def values(sent):
-    stats, entropy, missing = sent
+    stats, tokens, missing = sent
     assert np.array_equal(stats[:, 1], stats[:, 0] + 0.5)
-    assert np.array_equal(entropy, -stats[:, 0, 0, 0])
+    assert np.array_equal(tokens[:, 0], -stats[:, 0, 0, 0])
+    assert np.array_equal(tokens[:, 1], 2 * stats[:, 0, 0, 0])
     return stats[:, 0, 0, 0].tolist(), missing
 
 

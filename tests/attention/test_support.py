@@ -1,5 +1,6 @@
 """Set-ups that cannot be captured stop the engine at start, with a sentence that says why."""
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -180,8 +181,29 @@ def test_installing_twice_wraps_once_and_not_at_all_unless_asked(monkeypatch):
         assert WorkerWrapperBase.initialize_from_config is wrapped
 
 
-def test_token_entropy_is_that_of_softmax_with_masked_words_left_out():
+def test_token_statistics_are_those_of_softmax_with_masked_words_left_out():
     logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(0)) * 4
     logits[:, 100:] = -torch.inf
-    expected = torch.distributions.Categorical(logits=logits[:, :100].double()).entropy()
-    assert torch.allclose(vllm_hooks.token_entropy(logits).double(), expected, atol=1e-6)
+    log_p = logits[:, :100].double().log_softmax(-1)
+    uniform = torch.full_like(log_p, 1 / 100)
+    expected = torch.stack(
+        [-(log_p.exp() * log_p).sum(-1), (uniform * (uniform.log() - log_p)).sum(-1)], dim=-1
+    )
+    found = vllm_hooks.token_statistics(logits).double()
+    assert torch.allclose(found, expected, atol=1e-6)
+    # The same without masks, and with one row masked among rows that are not.
+    assert torch.allclose(
+        vllm_hooks.token_statistics(logits[:, :100].contiguous()).double(), expected, atol=1e-6
+    )
+    logits[1:, 100:] = 0.0
+    assert torch.allclose(vllm_hooks.token_statistics(logits)[0].double(), expected[0], atol=1e-6)
+
+
+def test_self_certainty_is_zero_for_a_uniform_distribution_and_grows_with_confidence():
+    logits = torch.zeros(3, 50)
+    logits[1, 7], logits[2, 7] = 5.0, 200.0
+    certainty = vllm_hooks.token_statistics(logits)[:, 1]
+    assert certainty[0].abs() < 1e-6
+    assert certainty[0] < certainty[1] < certainty[2]
+    # Far beyond the floor of the entropy's sum the definition still holds.
+    assert abs(float(certainty[2]) - (200 * 49 / 50 - math.log(50))) < 1e-3

@@ -252,7 +252,7 @@ def setting(verb: str, words: str, says: str) -> Case:
 
 
 SETTINGS = [
-    setting("triage", "--budget -1", "--budget"),
+    setting("triage", "--budget -1", "label budget is -1, but must not be negative"),
     setting("triage", "--budget nan", "--budget"),
     setting("triage", "--budget 1.5", "--budget"),
     setting("triage", "--mastered 0", r"mastered is 0.0, but must lie in \(0, 1\]"),
@@ -260,7 +260,9 @@ SETTINGS = [
     setting("triage", "--mastered nan", r"--mastered is nan, but must be a finite"),
     setting("triage", "--trusted -0.1", r"trusted is -0.1, but must lie in \(0, 1\]"),
     setting("triage", "--min-spearman inf", r"--min-spearman is inf, but must be a finite"),
-    setting("triage", "--priority cheap", "priority is 'cheap', but must be uncertain or"),
+    setting(
+        "triage", "--priority cheap", "priority is 'cheap', but must be uncertain, .* or random"
+    ),
     setting("triage", "--overflow buy", "overflow is 'buy', but must be drop or self_train"),
     setting("triage", "--estimator magic", "magic"),
     setting("probe", "--estimator magic", "magic"),

@@ -14,7 +14,8 @@ from bad_pools import PICKLE
 from bad_world import INIT, call, good, ids, jsonl, snapshot, write_scores
 
 from pivottrace_verl.annotation import import_labels
-from pivottrace_verl.annotation.tables import guard, read_rows
+from pivottrace_verl.annotation.formats.csv_file import guard
+from pivottrace_verl.annotation.formats.csv_file import rows as rows_of
 from pivottrace_verl.pool import RunDir
 
 SCRIPT = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'></style></svg>"
@@ -72,7 +73,7 @@ def test_formulas_go_out_guarded_and_come_back_as_they_were(world: Path) -> None
     with open(world / "q.csv", newline="") as file:
         cells = [cell for row in list(csv.reader(file))[1:] for cell in row]
     assert not [cell for cell in cells if cell.startswith(("=", "+", "-", "@", "\t", "\r"))]
-    back = [row for _, row in read_rows(world / "q.csv", ("pt_id", "label"))]
+    back = [row for _, row in rows_of(world / "q.csv", ("pt_id", "label"))]
     assert [row["prompt"] for row in back] == FORMULAS
     assert [row["data_source"] for row in back] == FORMULAS
 

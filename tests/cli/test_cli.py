@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 from pivottrace_verl.cli import app
 from pivottrace_verl.estimators import ESTIMATORS
 from pivottrace_verl.pool import RunDir
+from pivottrace_verl.traces import FEATURE_NAMES
 
 runner = CliRunner()
 N = 40
@@ -62,10 +63,12 @@ def scored(run: Path) -> Path:
                 "answers": clusters,
                 "majority": None if right == 4 else clusters[0]["answer"],
                 "unparseable": 0,
+                "timed_out": 0,
                 "truncated": 0,
                 "length_mean": 30.0,
                 "logprob_mean": -0.5,
                 **{f"uncertainty/{name}": float(i) for name in ESTIMATORS},
+                **{f"features/{name}": float(i) for name in FEATURE_NAMES},
                 "rollouts": [],
             }
         )

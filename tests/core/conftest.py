@@ -2,13 +2,18 @@
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 
+from pivottrace_verl.calibration import Outcome
 from pivottrace_verl.estimators import ESTIMATORS
 from pivottrace_verl.pool import RunDir
+from pivottrace_verl.traces import FEATURE_NAMES
 
 
 def chat(text: str) -> list[dict[str, str]]:
@@ -49,12 +54,70 @@ def score_row() -> Callable[..., dict[str, Any]]:
             "answers": [{"answer": a, "count": c} for a, c in answers],
             "majority": answers[0][0] if answers else None,
             "unparseable": 0,
+            "timed_out": 0,
             "truncated": 0,
             "length_mean": 10.0,
             "logprob_mean": -0.5,
             "rollouts": [],
             **{f"uncertainty/{name}": 0.5 for name in ESTIMATORS},
+            **{f"features/{name}": 0.5 for name in FEATURE_NAMES},
         }
         return {**row, **changed}
+
+    return make
+
+
+CHEAP = ("entropy", "self_certainty", "consistency", "nll", "length", "entropy_forks")
+PIVOTS = ("pivot_density", "pivot_count")
+
+
+@dataclass(frozen=True)
+class Bed:
+    """A synthetic pool whose truth is known."""
+
+    scores: pa.Table
+    probes: list[Outcome]
+    rest: np.ndarray
+    """Rows of the scores that are no probes."""
+    pass_rate: np.ndarray
+    """[P] of every prompt."""
+
+
+@pytest.fixture
+def bed() -> Callable[..., Bed]:
+    """Pools in which `nothing`, only `consistency`, only `pivots` (with the sign flipped) or only
+    a `combination` of the features follows how hard a prompt is; all else is noise, part of it
+    shared with the length. 8 rollouts a prompt, wrong answers of three kinds."""
+
+    def make(knows: str, seed: int = 0, *, pool: int = 400, probes: int = 64) -> Bed:
+        rng = np.random.default_rng(seed)
+        skill, shared = rng.normal(size=(2, pool))
+        right = rng.binomial(8, 1 / (1 + np.exp(-2.5 * skill)))
+        wrong = right <= [rng.multinomial(8 - r, [0.5, 0.3, 0.2]).max() for r in right]
+        columns = {f"uncertainty/{n}": rng.normal(size=pool) + 0.7 * shared for n in CHEAP}
+        columns["uncertainty/random"] = rng.random(pool)
+        columns |= {f"uncertainty/{n}": rng.normal(size=pool) + 0.5 * shared for n in PIVOTS}
+        features = rng.normal(size=(pool, 8))
+        if knows == "consistency":
+            columns["uncertainty/consistency"] = -skill + 0.8 * rng.normal(size=pool)
+        elif knows == "pivots":
+            columns["uncertainty/pivot_density"] = skill + 0.6 * rng.normal(size=pool)
+            columns["uncertainty/pivot_count"] = skill + 1.2 * rng.normal(size=pool)
+        elif knows == "combination":
+            # Their sum is the skill; each alone is mostly noise.
+            six = features[:, :6]
+            features[:, :6] = six - six.mean(axis=1, keepdims=True) - skill[:, None] / 6**0.5
+        else:
+            assert knows == "nothing"
+        columns |= {f"features/f{i}": features[:, i] for i in range(8)}
+        ids = [f"p{i:05d}" for i in range(pool)]
+        length = 100 + 20 * shared + 5 * rng.normal(size=pool)
+        at = rng.choice(pool, probes, replace=False)
+        return Bed(
+            pa.table({"pt_id": ids, "length_mean": length, **columns}),
+            [Outcome(ids[i], right[i] / 8, bool(not wrong[i])) for i in at],
+            np.setdiff1d(np.arange(pool), at),
+            right / 8,
+        )
 
     return make

@@ -8,13 +8,22 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pivottrace_verl.annotation import export_queue, import_labels
+from pivottrace_verl.annotation.formats import table_of
+from pivottrace_verl.annotation.formats.csv_file import guard, unguard
 from pivottrace_verl.annotation.oracle import fill
-from pivottrace_verl.annotation.tables import guard, read_rows, unguard, write_rows
 from pivottrace_verl.errors import PivotTraceError
 
 quick = settings(deadline=None, max_examples=150)
 FORMULAS = ["=1+1", "+1", "-5", "@SUM(A1)", "\tx", "\rx", "'=1", "''", "'", "'-5", "=HYPERLINK(1)"]
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=12) | st.sampled_from(FORMULAS)
+
+
+def write_rows(path, rows, columns):
+    table_of(path).write(path, rows, columns)
+
+
+def read_rows(path, needed):
+    return table_of(path).rows(path, needed)
 
 
 def ids_of(run):

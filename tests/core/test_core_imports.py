@@ -11,7 +11,9 @@ ROOT = Path(__file__).parents[2]
 HEAVY = ["torch", "ray", "vllm", "verl", "transformers", "transfer_queue", "math_verify", "sympy"]
 
 
-@pytest.mark.parametrize("room", ["annotation.oracle", "answers", "curriculum", "pivots", "triage"])
+@pytest.mark.parametrize(
+    "room", ["annotation.oracle", "answers", "curriculum", "pivots", "traces", "triage"]
+)
 def test_importing_the_core_loads_nothing_heavy(room):
     code = f"import sys, pivottrace_verl.{room}\nprint([m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run(

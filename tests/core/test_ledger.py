@@ -143,3 +143,40 @@ def test_a_batch_that_does_not_fit_on_the_disk_leaves_the_ledger_as_it_was(tmp_p
     )
     assert "no label was added" in done.stdout, done.stderr
     assert ledger.path.read_bytes() == before
+
+
+def test_lines_from_before_rounds_are_of_round_one_and_new_ones_carry_their_plan(tmp_path):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    ledger.path.write_text(
+        '{"pt_id": "old", "label": "1", "annotator": "ana", "time": "then", "source_file": "f", '
+        '"cost": 1.0, "purpose": "probe"}\n'
+    )
+    assert ledger.labels() == {"old": "1"}
+    assert [ledger.round_of(plan) for plan in (None, "p1")] == [1, 1]
+    ledger.append([make_entry("a", round=ledger.round_of("p1"), plan="p1")])
+    assert [ledger.round_of(plan) for plan in (None, "p1", "p2")] == [1, 1, 2]
+    ledger.append([make_entry("b", round=2, plan="p2"), make_entry("c", plan=None)])
+    assert [ledger.round_of(plan) for plan in (None, "p1", "p2", "p3")] == [2, 1, 2, 3]
+    assert [entry.get("round", 1) for entry in Ledger(ledger.path).entries()] == [1, 1, 2, 1]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"round": 0}, {"round": "1"}, {"plan": 3}, {"annotations": 1}, {"annotations": [{}]}],
+)
+def test_a_line_whose_round_plan_or_annotations_are_odd_is_refused(tmp_path, changed):
+    ledger = Ledger(tmp_path / "ledger.jsonl")
+    with pytest.raises(PivotTraceError, match=f"its {next(iter(changed))}"):
+        ledger.append([make_entry("a", **changed)])
+    assert not ledger.path.exists()
+
+
+def test_what_another_process_appended_is_seen_by_a_ledger_that_was_read_before(tmp_path):
+    one, two = Ledger(tmp_path / "ledger.jsonl"), Ledger(tmp_path / "ledger.jsonl")
+    assert one.labels() == two.labels() == {}
+    one.append([make_entry("a")])
+    assert two.labels() == {"a": "1"}
+    two.append([make_entry("b")])
+    with pytest.raises(PivotTraceError, match="already"):
+        one.append([make_entry("b", "2")])
+    assert one.labels() == {"a": "1", "b": "1"}

@@ -18,6 +18,7 @@ from pivottrace_verl.pivots import (
     density,
     find_pivots,
     signal,
+    signals,
 )
 
 CFG = DetectorConfig(tau=0.5)
@@ -173,3 +174,27 @@ def test_a_broken_capture_is_not_a_calm_rollout():
         count(make_trace([0.1, float("nan"), 0.2]), CFG)
     with pytest.raises(ValueError, match="T, L, H"):
         count(np.zeros((5, 1, 25), dtype=np.float32), CFG)
+
+
+@quick
+@given(
+    steps, st.integers(1, 12), st.sampled_from(["abs", "rise"]), st.sampled_from([0.0, 0.5, 2.0])
+)
+def test_pivots_are_those_of_a_scan_token_by_token(row, refractory, change, tau):
+    cfg = replace(CFG, refractory=refractory, change=change, tau=tau)
+    step = changes(np.asarray(row), cfg)
+    expected = []
+    for i, size in enumerate(step):
+        before = step[max(0, i - refractory + 1) : i]
+        after = step[i + 1 : i + refractory]
+        if size >= tau and size > 0 and (before < size).all() and (after <= size).all():
+            expected.append(i)
+    assert find_pivots(make_trace(row), cfg).tolist() == expected
+
+
+def test_a_signal_has_the_same_bits_alone_and_among_others():
+    trace = np.random.default_rng(0).random((40, 4, 5, len(FEATURES)), dtype=np.float32)
+    together = signals(trace, FEATURES)
+    for i, name in enumerate(FEATURES):
+        assert np.array_equal(together[:, i], signal(trace, DetectorConfig(signal=name)))
+        assert np.allclose(together[:, i], trace[..., i].mean(axis=(1, 2)), atol=1e-6)

@@ -238,6 +238,56 @@ def test_scores_come_in_the_pools_order_even_if_the_parts_do_not(make_run, score
     assert run.scores()["pt_id"].to_pylist() == [p.pt_id for p in run.pool()]
 
 
+def test_a_part_with_a_prompt_of_another_part_is_not_merged(make_run, score_row):
+    run = make_run()
+    rows = [score_row(p.pt_id) for p in run.pool()]
+    run.write_score_part(0, [*rows[:5], rows[6]])
+    run.write_score_part(1, [rows[5], *rows[7:]])
+    with pytest.raises(PivotTraceError, match="not in the pool's order"):
+        run.merge_scores()
+    run.write_score_part(1, [*rows[5:6], *rows[7:], score_row("stranger")])
+    with pytest.raises(PivotTraceError, match="1 scored prompts are not in the pool"):
+        run.merge_scores()
+    assert [p.name for p in run.path.iterdir() if "scores." in p.name] == []
+
+
+def test_parts_of_another_version_are_not_merged(make_run, score_row):
+    run = make_run()
+    score_all(run, score_row)
+    before = (run.path / "scores.parquet").read_bytes()
+    path = run.path / "scores" / "part-00001.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["logprob_mean"]), path)
+    with pytest.raises(PivotTraceError, match=r"part-00001\.parquet .* lacks logprob_mean"):
+        run.merge_scores()
+    assert (run.path / "scores.parquet").read_bytes() == before
+
+
+def test_scores_are_merged_piece_by_piece_with_the_same_bytes_however_they_were_cut(
+    make_run, score_row, monkeypatch
+):
+    monkeypatch.setattr("pivottrace_verl.files.ROW_GROUP", 5)
+    contents = []
+    for parts in (1, 2, 7, 12):
+        run = make_run(name=f"run{parts}")
+        rows = [score_row(p.pt_id, length_mean=float(i)) for i, p in enumerate(run.pool())]
+        for i, part in enumerate(np.array_split(np.arange(12), parts)):
+            run.write_score_part(i, [rows[k] for k in part])
+        run.merge_scores()
+        assert run.scores()["length_mean"].to_pylist() == list(range(12))
+        contents.append((run.path / "scores.parquet").read_bytes())
+    assert len(set(contents)) == 1
+    groups = pq.ParquetFile(run.path / "scores.parquet").metadata
+    assert [groups.row_group(i).num_rows for i in range(groups.num_row_groups)] == [5, 5, 2]
+
+
+def test_scores_can_be_read_without_the_bulk_of_them(make_run, score_row):
+    run = make_run()
+    score_all(run, score_row)
+    whole = run.scores()
+    assert "rollouts" in whole.column_names
+    assert run.scores(rollouts=False).equals(whole.drop_columns(["rollouts"]))
+
+
 def test_a_resumed_run_ends_with_the_same_bytes_as_an_uninterrupted_one(make_run, score_row):
     whole, killed = make_run(name="whole"), make_run(name="killed")
     score_all(whole, score_row)
@@ -290,10 +340,8 @@ def test_probes_and_plan_are_refused_when_the_scores_have_changed(make_run, scor
     run = make_run()
     score_all(run, score_row)
     run.write_probes("entropy", 0, ["a"])
-    plan = [
-        {"pt_id": p.pt_id, "route": "drop", "uncertainty": 0.0, "rank": 1, "reason": "x"}
-        for p in run.pool()
-    ]
+    same = {"route": "drop", "uncertainty": 0.0, "rank": 1, "reason": "x", "cost": 1.0}
+    plan = [{"pt_id": p.pt_id, **same} for p in run.pool()]
     run.write_plan(plan, {"estimator": "entropy"})
     assert run.probes()["pt_ids"] == ["a"]
     assert run.plan().to_pylist() == plan

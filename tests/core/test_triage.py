@@ -63,8 +63,12 @@ def make_probes(rows, truth, n=64, estimator="entropy"):
     return outcomes(rows, {i: truth[i] for i in ids}, "exact")
 
 
+def rows_of(plan):
+    return plan.rows.to_pylist()
+
+
 def route_of(plan):
-    return {row["pt_id"]: row["route"] for row in plan.rows}
+    return dict(zip(plan.rows["pt_id"].to_pylist(), plan.rows["route"].to_pylist(), strict=True))
 
 
 # Ranks and probes
@@ -253,13 +257,15 @@ def test_u_low_never_lies_above_u_high_and_the_curves_fall(probes, window):
 def test_the_certain_are_dropped_the_middle_votes_and_the_uncertain_are_annotated(score_row):
     rows, truth = make_pool(score_row)
     plan = triage(rows, make_probes(rows, truth), [], CFG)
-    routes = [row["route"] for row in plan.rows]
+    routes = [row["route"] for row in rows_of(plan)]
     assert routes == sorted(routes, key=["drop", "self_train", "annotate"].index)
     assert set(routes) == {"drop", "self_train", "annotate"}
-    assert plan.counts() == {r: routes.count(r) for r in ("annotate", "self_train", "drop")}
+    assert plan.counts() == {
+        r: routes.count(r) for r in ("annotate", "self_train", "drop", "review")
+    }
     assert plan.spearman < -0.9
-    assert [row["rank"] for row in plan.rows] == list(range(200, 0, -1))
-    assert plan.rows[-1]["uncertainty"] == 1.0
+    assert [row["rank"] for row in rows_of(plan)] == list(range(200, 0, -1))
+    assert rows_of(plan)[-1]["uncertainty"] == 1.0
 
 
 @quick
@@ -277,16 +283,23 @@ def test_of_two_unlabelled_prompts_the_more_uncertain_never_gets_the_easier_rout
     rng = np.random.default_rng(seed)
     names = [f"{i:03d}" for i in range(100)]
     rows = [
-        {"pt_id": n, "length_mean": 1.0, "uncertainty/entropy": i + 100 * noise * rng.normal()}
+        {
+            "pt_id": n,
+            "n_rollouts": 8,
+            "length_mean": 1.0,
+            "uncertainty/entropy": i + 100 * noise * rng.normal(),
+        }
         for i, n in enumerate(names)
     ]
     probes = [Outcome(n, p := 1 - i / 99, p > 0.5) for i, n in enumerate(names) if i % 3 == 0]
-    cfg = replace(CFG, trusted=trusted, mastered=mastered, budget=budget, overflow=overflow)
+    cfg = replace(
+        CFG, trusted=trusted, mastered=mastered, budget=budget, overflow=overflow, alpha=1.0
+    )
     owned = {o.pt_id for o in probes}
     plan = triage(rows, probes, owned, cfg)
-    assert triage(rows[::-1], probes[::-1], owned, cfg).rows == plan.rows[::-1]
+    assert rows_of(triage(rows[::-1], probes[::-1], owned, cfg)) == rows_of(plan)[::-1]
     fresh = sorted(
-        (r for r in plan.rows if r["pt_id"] not in owned), key=lambda r: r["uncertainty"]
+        (r for r in rows_of(plan) if r["pt_id"] not in owned), key=lambda r: r["uncertainty"]
     )
     level = {"mastered": 0, "votes trusted": 1, "over budget: votes not trusted": 2}
     levels = [level.get(row["reason"], 3) for row in fresh]
@@ -313,19 +326,15 @@ def test_labels_bought_as_probes_count_against_the_budget_and_are_used(score_row
     probes = make_probes(rows, truth)
     owned = {o.pt_id for o in probes}
     plan = triage(rows, probes, owned, replace(CFG, budget=80))
-    assert plan.labels == {
-        "budget": 80,
-        "bought": 64,
-        "to_buy": 16,
-        "over_budget": plan.labels["over_budget"],
-    }
+    assert (plan.labels["bought"], plan.labels["to_buy"]) == (64, 16)
+    assert plan.labels["spent"] + plan.labels["cost_to_buy"] == 80
     assert plan.labels["over_budget"] > 0
-    for row in plan.rows:
+    for row in rows_of(plan):
         if row["pt_id"] in owned:
             assert row["route"] == "drop" or row["reason"] == "labelled already"
             assert row["route"] in ("annotate", "drop")
-    bought_now = [r for r in plan.rows if r["reason"] == "votes not trusted"]
-    left_out = [r for r in plan.rows if r["reason"] == "over budget: votes not trusted"]
+    bought_now = [r for r in rows_of(plan) if r["reason"] == "votes not trusted"]
+    left_out = [r for r in rows_of(plan) if r["reason"] == "over budget: votes not trusted"]
     assert min(r["uncertainty"] for r in bought_now) > max(r["uncertainty"] for r in left_out)
     assert {r["route"] for r in left_out} == {"drop"}
     assert plan.to_buy() == [r["pt_id"] for r in sorted(bought_now, key=lambda r: r["rank"])]
@@ -342,7 +351,7 @@ def test_priority_threshold_buys_the_prompts_nearest_the_threshold(score_row):
     )
 
     def bought(plan):
-        return sorted(r["uncertainty"] for r in plan.rows if r["reason"] == "votes not trusted")
+        return sorted(r["uncertainty"] for r in rows_of(plan) if r["reason"] == "votes not trusted")
 
     assert len(bought(top)) == len(bought(near)) == 60
     assert bought(top)[-1] == 1.0
@@ -372,8 +381,8 @@ def test_a_prompt_that_was_never_traced_is_annotated_and_says_so(score_row):
     rows, truth = make_pool(score_row)
     rows[0]["uncertainty/entropy"] = math.nan
     plan = triage(rows, make_probes(rows[1:], truth), [], CFG)
-    assert plan.rows[0]["route"] == "annotate"
-    assert "unknown" in plan.rows[0]["reason"]
+    assert rows_of(plan)[0]["route"] == "annotate"
+    assert "unknown" in rows_of(plan)[0]["reason"]
     assert plan.to_buy()[0] == "id0000"
 
 
@@ -384,9 +393,9 @@ def test_a_prompt_that_was_never_traced_is_not_mastered_with_the_rest(score_row)
     owned = next(o.pt_id for o in probes if o.pt_id != "id0000")
     rows[0]["uncertainty/entropy"] = math.nan
     plan = triage(rows, [o for o in probes if o.pt_id != "id0000"], [owned], CFG)
-    assert plan.counts() == {"annotate": 1, "self_train": 0, "drop": 199}
+    assert plan.counts() == {"annotate": 1, "self_train": 0, "drop": 199, "review": 0}
     assert plan.to_buy() == ["id0000"]
-    assert {r["reason"] for r in plan.rows if r["pt_id"] == owned} == {
+    assert {r["reason"] for r in rows_of(plan) if r["pt_id"] == owned} == {
         "mastered; its label was bought already"
     }
 
@@ -454,6 +463,7 @@ def test_too_few_probes_and_unknown_estimators_are_refused(score_row):
         {"overflow": "keep"},
         {"budget": -1},
         {"priority": "loudest"},
+        {"alpha": 0.0},
     ],
 )
 def test_settings_that_cannot_be_meant_are_refused(bad):

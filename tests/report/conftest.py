@@ -1,6 +1,7 @@
 """A factory for run directories: real files in every format the report reads, invented contents."""
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from pivottrace_verl.estimators import ESTIMATORS
 from pivottrace_verl.pivots import FEATURES, DetectorConfig, calibrate_tau, find_pivots
 from pivottrace_verl.pool import RunDir, write_json_atomic
+from pivottrace_verl.traces import FEATURE_NAMES
 from pivottrace_verl.triage import TriageConfig, choose_probes, outcomes, triage, uncertainty
 
 WORDS = ("so", "try", "3", "*", "4", "=", "12", "then", "go", "back", "and", "try", "again")
@@ -145,10 +148,12 @@ def score_run(run: RunDir, spec: Spec, rng: np.random.Generator) -> dict[str, st
                 "answers": [{"answer": a, "count": c} for a, c in answers],
                 "majority": None if tie else answers[0][0],
                 "unparseable": 0,
+                "timed_out": 0,
                 "truncated": 0,
                 "length_mean": float(60 + 40 * hard + 20 * rng.normal()),
                 "logprob_mean": -0.4,
-                **{f"uncertainty/{name}": values[name] for name in names},
+                **{f"uncertainty/{name}": values.get(name, math.nan) for name in ESTIMATORS},
+                **{f"features/{name}": 0.5 for name in FEATURE_NAMES},
                 "rollouts": rollouts,
             }
         )

@@ -11,8 +11,10 @@ from safetensors.numpy import load_file
 
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.pivots import DetectorConfig, find_pivots
+from pivottrace_verl.planning import make_plan
 from pivottrace_verl.pool import RunDir
 from pivottrace_verl.report import heatmap, write_report
+from pivottrace_verl.triage import TriageConfig
 
 Make = Callable[..., RunDir]
 NOW = datetime(2026, 1, 2, 3, 4, tzinfo=UTC)
@@ -248,3 +250,23 @@ def test_a_plan_made_from_other_scores_is_refused(make: Make) -> None:
     run.merge_scores()
     with pytest.raises(PivotTraceError, match="made from the scores"):
         write_report(run)
+
+
+def test_prompts_set_apart_for_review_are_a_route_and_their_probes_are_not_in_the_curve(
+    make: Make,
+) -> None:
+    run = make(upto="probe")
+    probes = run.probes()
+    rows = run.scores().to_pylist()
+    broken = set(probes["pt_ids"][:5])
+    run.write_score_part(0, [{**r, "truncated": 8 * (r["pt_id"] in broken)} for r in rows])
+    run.merge_scores()
+    run.write_probes(probes["estimator"], 0, probes["pt_ids"])
+    _, before = written(run)
+    assert len(before["calibration"]["probes"]) == 43
+    plan, info = make_plan(run, TriageConfig(estimator="pivot_count"))
+    run.write_plan(plan.rows, info)
+    page, numbers = written(run)
+    assert {row["route"]: row["count"] for row in numbers["routes"]}["review"] == 5
+    assert len(numbers["calibration"]["probes"]) == numbers["calibration"]["curve"]["probes"] == 43
+    assert "every prompt has a route, 5 to review" in page.text
