@@ -65,6 +65,10 @@ def say(text: str) -> None:
     console.print(Text(printable(text)))
 
 
+WIDTH = 120
+"""Characters of a table where the output is no terminal."""
+
+
 def table(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
     """Print rows of dicts; floats with three digits, None as a dash."""
     out = Table(title=title, title_justify="left")
@@ -72,7 +76,9 @@ def table(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str])
         out.add_column(column.replace("_", " "))
     for row in rows:
         out.add_row(*(Text(printable(_cell(row.get(column)))) for column in columns))
-    console.print(out)
+    # A log has no edge: names and numbers need not be cut there.
+    width = None if console.is_terminal else max(console.width, WIDTH)
+    console.print(out, width=width, crop=console.is_terminal)
 
 
 def _cell(value: Any) -> str:
