@@ -45,7 +45,7 @@ def make_run(path: Path, n: int) -> RunDir:
     print_of = {"pool": fingerprint(ids), "model": "0" * 16}
     manifest = {
         "format": 1,
-        "pool": {"fingerprint": print_of["pool"], "n_prompts": n},
+        "pool": {"fingerprint": print_of["pool"], "n_prompts": n, "source": "none"},
         "model": {"path": "none", "fingerprint": print_of["model"]},
         "answers": {"kind": "exact"},
     }
