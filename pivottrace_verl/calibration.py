@@ -88,14 +88,6 @@ class Outcome:
     """Whether the majority answer equals the label; False where there is no majority."""
 
 
-def rows_of(scores: Any, columns: Sequence[str] | None = None) -> list[Mapping[str, Any]]:
-    """The scores as dicts, from a table (without the bulky `rollouts`) or from dicts already."""
-    if hasattr(scores, "to_pylist"):
-        names = columns or [name for name in scores.schema.names if name != "rollouts"]
-        return list(scores.select(list(names)).to_pylist())
-    return list(scores)
-
-
 def table_of(scores: Any) -> pa.Table:
     """The scores as a table, from a table or from dicts."""
     return scores if isinstance(scores, pa.Table) else pa.Table.from_pylist(list(scores))

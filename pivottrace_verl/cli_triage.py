@@ -57,15 +57,20 @@ def triage(
     ] = "pivot_density",
     budget: Annotated[int | None, typer.Option(help="Labels in all, probes included.")] = None,
     budget_cost: Annotated[
-        float | None, typer.Option(help="The same as a sum of costs, those in the ledger included.")
+        float | None,
+        typer.Option(help="The budget as a sum of costs; what the ledger has spent counts."),
     ] = None,
     costs: Annotated[
         Path | None,
-        typer.Option(help="Cost of each label: pt_id and cost, JSONL, CSV or Parquet; else 1."),
+        typer.Option(
+            help="Table of pt_id and cost, .jsonl, .csv or .parquet; a label not in it costs 1."
+        ),
     ] = None,
     quota: Annotated[
         list[str] | None,
-        typer.Option(metavar="SOURCE=N", help="At most N labels in all from a data source."),
+        typer.Option(
+            metavar="SOURCE=N", help="At most N labels in all from a data source; may be repeated."
+        ),
     ] = None,
     floor: Annotated[
         list[str] | None,
@@ -80,7 +85,7 @@ def triage(
         ),
     ] = "uncertain",
     overflow: Annotated[
-        str, typer.Option(help="Uncertain prompts beyond the budget: drop or self_train.")
+        str, typer.Option(help="Route of what the budget leaves out: drop or self_train.")
     ] = "drop",
     mastered: Annotated[float, typer.Option(help="Pass rate from which a prompt is dropped.")] = (
         0.9
@@ -98,7 +103,7 @@ def triage(
     ] = 0.5,
     max_truncated: Annotated[
         float,
-        typer.Option(help="Review it if more are truncated, answer or not; 1: never for that."),
+        typer.Option(help="The same for truncated ones, whether or not they answer; 1: never."),
     ] = 0.5,
     fallback: Annotated[
         bool, typer.Option(help="If the probes refuse the estimator, take the one they name.")
@@ -170,18 +175,25 @@ def _show(plan: Plan, run: Path, *, written: bool) -> None:
         f"probes' pass rate {plan.spearman:+.2f}."
     )
     ui.say(
-        f"Mastered up to u_low {_threshold(curve.u_low, curve.u_low_interval)}, votes not trusted "
-        f"from u_high {_threshold(curve.u_high, curve.u_high_interval)} "
-        f"({curve.level:.0%} intervals: {curve.draws} bootstrap draws of {curve.probes} probes)."
+        "On ranks u from 0 (surest) to 1: mastered up to u_low "
+        f"{_threshold(curve.u_low, curve.u_low_interval)}, votes not trusted from u_high "
+        f"{_threshold(curve.u_high, curve.u_high_interval)} ({curve.level:.0%} intervals: "
+        f"{curve.draws} bootstrap draws of {curve.probes} probes)."
     )
     routes = plan.route_rows()
     ui.table("Routes", routes, list(routes[0]))
     if plan.sources:
         ui.table("Labels of the sources with a quota or a floor", plan.sources, [*plan.sources[0]])
     labels = plan.labels
+    spent, more = labels["spent"], labels["cost_to_buy"]
+    # Where each label costs 1, costs would only repeat the numbers.
+    alike = (spent, more) == (labels["bought"], labels["to_buy"])
+    priced = labels["budget_cost"] is not None or not alike
     ui.say(
-        f"{labels['bought']} labels bought for {labels['spent']:g}, {labels['to_buy']} to buy for "
-        f"{labels['cost_to_buy']:g}"
+        f"{labels['bought']} labels bought"
+        + (f" for {spent:g}" if priced else "")
+        + f", {labels['to_buy']} to buy"
+        + (f" for {more:g}" if priced else "")
         + (f", {labels['over_budget']} over the budget" if labels["over_budget"] else "")
         + (f", {labels['over_quota']} over their quota" if labels["over_quota"] else "")
         + ("." if written else "; nothing was written (--dry-run).")
@@ -189,6 +201,8 @@ def _show(plan: Plan, run: Path, *, written: bool) -> None:
     for note in plan.notes:
         ui.say(note)
     _show_review(plan, run)
+    if written and labels["to_buy"]:
+        ui.say(f"next: pivottrace annotate export {run} FILE")
 
 
 def _threshold(value: float | None, interval: tuple[float | None, float | None]) -> str:
@@ -226,7 +240,10 @@ def _show_review(plan: Plan, run: Path) -> None:
 def export(
     run: RunPath,
     out: Annotated[
-        Path, typer.Argument(help="The folder to write to; with --route a .jsonl or .csv file.")
+        Path,
+        typer.Argument(
+            metavar="OUT", help="Folder to write to; with --route a .jsonl, .csv or .parquet file."
+        ),
     ],
     with_self_train: Annotated[
         bool, typer.Option(help="Add the rows without a label, which need `pivottrace train`.")

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pivottrace_verl.answers import Grade, extract_many, grade_many
+from pivottrace_verl.answers import AnswerKind, Grade, extract_many, grade_many
 from pivottrace_verl.generation import Engine, Request, Rollout
 
 
@@ -35,12 +35,15 @@ def evaluate(
             ]
         )
         greedy = engine.generate([Request(prompt, seed=0, temperature=0.0) for prompt in ids])
-
     return accuracy(sampled, greedy, labels, answers=answers)
 
 
 def accuracy(
-    sampled: Sequence[Rollout], greedy: Sequence[Rollout], labels: Sequence[str], *, answers: str
+    sampled: Sequence[Rollout],
+    greedy: Sequence[Rollout],
+    labels: Sequence[str],
+    *,
+    answers: AnswerKind | str,
 ) -> dict[str, Any]:
     """[P * samples] sampled and [P] greedy rollouts, prompt by prompt -> accuracy in [0, 1]: `mean`
     of the sampled ones, and `greedy`.

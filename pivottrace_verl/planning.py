@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pyarrow as pa
@@ -107,10 +108,12 @@ def draw_probes(run: RunDir, estimator: str, n: int | None, seed: int) -> tuple[
 
 
 def list_route(run: RunDir, route: str, path: Path) -> int:
-    """Write the prompts of one route to a .jsonl or .csv file, most uncertain first, with why they
-    are there and how their rollouts went; returns their number."""
+    """Write the prompts of one route to a .jsonl, .csv or .parquet file, most uncertain first, with
+    why they are there and how their rollouts went; returns their number."""
     if route not in ROUTES:
         raise PivotTraceError(f"There is no route '{route}', only {', '.join(ROUTES)}.")
+    table = table_of(path)
+    _keep_others(table, path)
     plan = run.plan()
     kept = pc.equal(plan["route"], route)
     columns = plan.filter(kept)
@@ -122,8 +125,20 @@ def list_route(run: RunDir, route: str, path: Path) -> int:
     columns = columns.append_column("data_source", pool["data_source"])
     columns = columns.append_column("prompt", pool["prompt"]).sort_by("rank")
     rows = [{**row, "prompt": render(row["prompt"])} for row in columns.to_pylist()]
-    table_of(path).write(path, rows, columns.column_names)
+    table.write(path, rows, columns.column_names)
     return len(rows)
+
+
+def _keep_others(table: ModuleType, path: Path) -> None:
+    """Refuse to replace a file that is no such list."""
+    if not path.exists():
+        return
+    try:
+        table.rows(path, ("pt_id", "route", "reason"))
+    except PivotTraceError as error:
+        raise PivotTraceError(
+            f"{path} is there already and is no list of a route: export under another name."
+        ) from error
 
 
 def evaluate_run(run: RunDir, when: str, *, samples: int, seed: int) -> tuple[dict[str, Any], bool]:

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pivottrace_verl.errors import PivotTraceError
-from pivottrace_verl.files import write_table_atomic
+from pivottrace_verl.files import read_schema, write_table_atomic
 from pivottrace_verl.pool import RunDir
 
 
@@ -131,7 +131,8 @@ def export_for_verl(run: RunDir, folder: Path, *, self_train: bool = False) -> E
     """Write folder/train.parquet and folder/val.parquet, for stock verl unless `self_train` adds
     the rows that only our trainer can use.
 
-    Raises PivotTraceError, with nothing written, if a label is missing or no row is left.
+    Raises PivotTraceError, with nothing written, if a label is missing, no row is left, or files
+    of these names are there that did not come from an export.
     """
     train, val = train_table(run, self_train=self_train), val_table(run)
     if not train.num_rows:
@@ -139,9 +140,27 @@ def export_for_verl(run: RunDir, folder: Path, *, self_train: bool = False) -> E
             f"The plan of {run.path} leaves no prompt to export"
             + ("." if self_train else " with a label: only self_train rows are trained on.")
         )
+    _keep_others(folder)
     planned = pc.sum(pc.equal(run.plan()["route"], "self_train")).as_py() or 0
     chosen = planned if self_train else 0
     write_table_atomic(folder / "train.parquet", train)
     if val.num_rows:
         write_table_atomic(folder / "val.parquet", val)
     return Exported(train.num_rows - chosen, chosen, planned - chosen, val.num_rows)
+
+
+def _keep_others(folder: Path) -> None:
+    """Refuse to replace other people's training data: verl's own has files of these names."""
+    for name in ("train.parquet", "val.parquet"):
+        path = folder / name
+        if path.is_file() and "pt_id" not in _extra_info(read_schema(path)):
+            raise PivotTraceError(
+                f"{path} is there already and did not come from an export: export to another "
+                "folder."
+            )
+
+
+def _extra_info(schema: pa.Schema) -> list[str]:
+    """Names in the column extra_info; none if it is no struct."""
+    kind = schema.field("extra_info").type if "extra_info" in schema.names else pa.null()
+    return [field.name for field in kind] if pa.types.is_struct(kind) else []

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from bad_labels import a_file
 from bad_pools import PICKLE, not_text
-from bad_world import CHAT, Case, jsonl, score_row
+from bad_world import CHAT, Case, good, ids, jsonl, score_row
 from safetensors.numpy import save
 
 from pivottrace_verl.pivots import FEATURES
@@ -147,7 +148,7 @@ CHANGED = [
     Case("init: another validation file", INIT_AGAIN + " --val {w}/v.jsonl",
          "other validation data: .* there, ",
          lambda w: jsonl(w / "v.jsonl", [{"prompt": CHAT, "label": "3"}])),
-    Case("pool.parquet of another pool", "annotate export {w}/run {w}/q.csv",
+    Case("pool.parquet of another pool", "annotate export {w}/run {w}/q.csv --what probes",
          r"pool\.parquet in .* from pool \w{16}, but the run now has pool 0{16}",
          edited("manifest.json", lambda m: {**m, "pool": {**m["pool"], "fingerprint": "0" * 16}})),
     Case("pool.parquet with a prompt less", "annotate export {w}/run {w}/q.csv",
@@ -184,6 +185,10 @@ CHANGED = [
          table("scores.parquet", lambda t: t.drop_columns(["answers"]))),
     Case("scores, a column of another type", "probe {w}/run", r"scores\.parquet .*length_mean",
          table("scores.parquet", set_column("length_mean", pa.array(["long"] * 40)))),
+    Case("scores with a prompt less", "probe {w}/run", "scores.parquet in .* the run's prompts",
+         table("scores.parquet", lambda t: t.slice(1))),
+    Case("plan in another order", "train {w}/run", "plan.parquet in .* the run's prompts",
+         table("plan.parquet", lambda t: t.sort_by("pt_id"))),
     Case("scores torn", "triage {w}/run", r"scores\.parquet .*Parquet", torn("scores.parquet")),
     Case("scores gone", "probe {w}/run", r"no scores\.parquet yet: run `pivottrace score` first",
          lambda w: (w / "run/scores.parquet").unlink()),
@@ -286,4 +291,114 @@ SETTINGS = [
     Case("option without its value", "triage {w}/run --budget", "--budget.* requires an argument"),
 ]
 
-CASES = [*MANIFESTS, *CHANGED, *SETTINGS]
+
+def costs(name: str, file: str, content: str | bytes, says: str) -> Case:
+    """A file of costs; `<a>`, `<b>`, `<c>` stand for prompts that wait for a label."""
+    words = f"triage {{w}}/run --budget-cost 30 --costs {{w}}/{file}"
+    return Case(f"costs: {name}", words, says, a_file(file, content))
+
+
+def costs_table(w: Path) -> None:
+    pq.write_table(pa.table({"pt_id": ["a"], "price": [1.0]}), w / "c.parquet")
+
+
+def costs_of_words(w: Path) -> None:
+    pq.write_table(pa.table({"pt_id": ids(w)[:2], "cost": ["1", "much"]}), w / "c.parquet")
+
+
+BUDGETS = [
+    *(
+        costs(f"{value} for a cost", "c.csv", f"pt_id,cost\n<a>,1\n<b>,{value}\n",
+              r"1 costs in .*c\.csv are no numbers of at least 0 \(first: that of prompt \w{16}\)")
+        for value in ("-1", "nan", "inf", "much", "", "1e999")
+    ),
+    costs("a truth value", "c.jsonl", '{"pt_id": "<a>", "cost": true}\n', "1 costs in .* no num"),
+    costs("a prompt of another pool", "c.csv", "pt_id,cost\nstranger,1\n",
+          r"1 costs in .*c\.csv are for prompts that are not in the pool \(first: stranger\)"),
+    costs("a prompt twice", "c.csv", "pt_id,cost\n<a>,1\n<a>,2\n",
+          r"c\.csv names prompt \w{16} more than once"),
+    costs("a column missing", "c.csv", "pt_id,price\n<a>,1\n", "no column cost; .* pt_id, price"),
+    costs("a torn line", "c.jsonl", '{"pt_id": "<a>", "co', r"Line 1 of .*c\.jsonl is not JSON"),
+    costs("broken UTF-8", "c.csv", b"pt_id,cost\n\xff,1\n", r"c\.csv is not UTF-8"),
+    costs("half a surrogate pair", "c.jsonl", '{"pt_id": "\\ud800", "cost": 1}\n', "c.jsonl"),
+    costs("unknown suffix", "c.txt", "", r"c\.txt is neither"),
+    costs("an export of a tool", "c.json", "[]", r"c\.json is no table"),
+    costs("a pickle", "c.parquet", PICKLE, r"c\.parquet is not a readable Parquet file"),
+    Case("costs: Parquet without the column", "triage {w}/run --costs {w}/c.parquet",
+         "no column cost; .* pt_id, price", costs_table),
+    Case("costs: Parquet of words", "triage {w}/run --costs {w}/c.parquet",
+         r"c\.parquet is no file of costs", costs_of_words),
+    Case("costs: no such file", "triage {w}/run --costs {w}/none.csv", "none.csv .* no such file"),
+    Case("costs: a folder", "triage {w}/run --costs {w}/d.csv", r"d\.csv .*: is a directory",
+         lambda w: (w / "d.csv").mkdir()),
+    setting("triage", "--budget-cost -1", "budget of costs is -1.0, but must be .* not negative"),
+    setting("triage", "--budget-cost nan", "--budget-cost is nan, but must be a finite"),
+    setting("triage", "--budget-cost inf", "--budget-cost is inf, but must be a finite"),
+    setting("triage", "--budget-cost 30 --budget 30", "30 labels and one of 30 in cost"),
+    setting("triage", "--quota 'math=3'", "from the source 'math', which has a quota; .* 'sums'"),
+    setting("triage", "--floor 'math=3'", "from the source 'math', which has a floor; .* 'sums'"),
+    setting("triage", "--quota sums", "--quota must be SOURCE=N .*, not 'sums'"),
+    setting("triage", "--quota sums=-1", "--quota must be SOURCE=N .*, not 'sums=-1'"),
+    setting("triage", "--quota sums=1.5", "--quota must be SOURCE=N .*, not 'sums=1.5'"),
+    setting("triage", "--floor =3", "--floor must be SOURCE=N .*, not '=3'"),
+    setting("triage", "--floor sums=2 --floor sums=3", "--floor names the source 'sums' twice"),
+    setting("triage", "--budget 30 --floor sums=31", "add up to 31 labels, more than .* of 30"),
+    setting("triage", "--budget-cost 21 --floor sums=25", "floors .* but of the budget only 1 is"),
+    setting("triage", "--floor sums=9 --quota sums=8", "floor of 9 labels, more than its quota"),
+    setting("triage", "--max-unanswered 1.5", r"max_unanswered is 1.5, but must lie in \[0, 1\]"),
+    setting("triage", "--max-truncated -0.1", r"max_truncated is -0.1, but must lie in \[0, 1\]"),
+    setting("triage", "--max-truncated nan", "--max-truncated is nan, but must be a finite"),
+    setting("triage", "--seed -1", "the seed -1, but needs"),
+]  # fmt: skip
+
+
+def labelled(then: Callable[[Path], object] = lambda w: None) -> Callable[[Path], object]:
+    """All labels of the queue bought."""
+
+    def arrange(w: Path) -> None:
+        good("annotate import {w}/run {w}/labels.csv", w)
+        then(w)
+
+    return arrange
+
+
+def a_data_set(name: str) -> Callable[[Path], object]:
+    """Training data of verl's own, as its examples make them."""
+    row = {"prompt": CHAT, "extra_info": {"split": "train", "index": 0}}
+    return lambda w: pq.write_table(pa.Table.from_pylist([row]), w / name)
+
+
+EXPORTS = [
+    Case("export: labels are missing", "export {w}/run {w}/out",
+         "10 prompts on route annotate have no label yet"),
+    Case("export: in a file's place", "export {w}/run {w}/pool.jsonl",
+         r"pool\.jsonl/train\.parquet cannot be written", labelled()),
+    Case("export: over a data set", "export {w}/run {w}",
+         r"train\.parquet is there already and did not come from an export",
+         labelled(a_data_set("train.parquet"))),
+    Case("export: over a validation set", "export {w}/run {w}",
+         r"val\.parquet is there already and did not come from an export",
+         labelled(a_data_set("val.parquet"))),
+    Case("export: over a table of others", "export {w}/run {w}", r"train\.parquet is there already",
+         labelled(lambda w: pq.write_table(pa.table({"a": [1]}), w / "train.parquet"))),
+    Case("export: in a table's place, a folder", "export {w}/run {w}",
+         r"train\.parquet cannot be written: is a directory",
+         labelled(lambda w: (w / "train.parquet").mkdir())),
+    Case("export: of a plan with a prompt less", "export {w}/run {w}/out",
+         r"plan\.parquet in .* does not hold the run's prompts",
+         table("plan.parquet", lambda t: t.slice(1))),
+    Case("export: unknown route", "export {w}/run {w}/r.csv --route nowhere",
+         "no route 'nowhere', only annotate, self_train, drop, review"),
+    Case("export: a route and votes", "export {w}/run {w}/r.csv --route drop --with-self-train",
+         "--with-self-train has no meaning there"),
+    Case("export: a route over labels", "export {w}/run {w}/labels.csv --route drop",
+         r"labels\.csv is there already and is no list of a route"),
+    Case("export: a route over a pool", "export {w}/run {w}/pool.jsonl --route drop",
+         r"pool\.jsonl is there already and is no list of a route"),
+    Case("export: a route in a folder's place", "export {w}/run {w}/d.csv --route drop",
+         r"d\.csv is there already", lambda w: (w / "d.csv").mkdir()),
+    Case("export: a route as a document", "export {w}/run {w}/r.pdf --route drop",
+         r"r\.pdf is neither"),
+]  # fmt: skip
+
+CASES = [*MANIFESTS, *CHANGED, *SETTINGS, *BUDGETS, *EXPORTS]

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from pivottrace_verl.annotation.formats import table_of
 from pivottrace_verl.cli import app
 from pivottrace_verl.pool import RunDir
 from pivottrace_verl.schemas import SCORE_SCHEMA
@@ -137,7 +139,7 @@ def test_the_summary_says_thresholds_with_intervals_costs_and_how_to_list_the_br
     info = RunDir.open(probed).triage()
     low, high = info["curve"]["u_high_interval"]
     assert f"u_high {info['curve']['u_high']:.2f} [{low:.2f}, {high:.2f}]" in text
-    assert "24 labels bought for 24, 6 to buy for 6" in text
+    assert "24 labels bought, 6 to buy, " in text
     assert f"{len(BROKEN)} prompts are set apart for review" in text
     assert "--route review" in text
     assert "--max-truncated 1" in text
@@ -192,7 +194,8 @@ def test_a_dry_run_shows_what_would_be_and_writes_nothing(probed: Path) -> None:
     assert "nothing was written" in shown
     assert files(probed) == before
     plainly = shown.replace("; nothing was written (--dry-run)", "")
-    assert done("triage", probed, "--budget", "30") == plainly
+    written = done("triage", probed, "--budget", "30")
+    assert written == f"{plainly}next: pivottrace annotate export {probed} FILE\n"
 
 
 # Export
@@ -272,6 +275,46 @@ def test_the_prompts_of_a_route_can_be_listed_with_how_their_rollouts_went(
     assert [row["prompt"] for row in rows] == [f"{i} + {i}?" for i in sorted(BROKEN, reverse=True)]
     assert {row["truncated"] for row in rows} == {"8"}
     assert {row["reason"] for row in rows} == {"broken: too many rollouts truncated"}
+
+
+@pytest.mark.parametrize("name", ["r.csv", "r.jsonl", "r.parquet"])
+def test_a_list_of_a_route_is_written_in_every_table_format_and_over_an_older_list(
+    probed: Path, tmp_path: Path, name: str
+) -> None:
+    done("triage", probed)
+    for route in ("self_train", "drop", "review", "self_train"):
+        done("export", probed, tmp_path / name, "--route", route)
+        rows = [row for _, row in table_of(tmp_path / name).rows(tmp_path / name, ("pt_id",))]
+        plan = RunDir.open(probed).plan().sort_by("rank").to_pylist()
+        assert [row["pt_id"] for row in rows] == [p["pt_id"] for p in plan if p["route"] == route]
+        assert {str(row["n_rollouts"]) for row in rows} == {"8"}
+
+
+def test_an_export_may_be_repeated_but_takes_no_place_of_other_training_data(
+    probed: Path, tmp_path: Path
+) -> None:
+    done("triage", probed, "--budget", "24")
+    done("export", probed, tmp_path)
+    done("export", probed, tmp_path, "--with-self-train")
+    other = pa.table({"prompt": ["q"], "extra_info": [{"index": 0}]})
+    pq.write_table(other, tmp_path / "val.parquet")
+    before = [(tmp_path / name).read_bytes() for name in ("train.parquet", "val.parquet")]
+    result = call("export", probed, tmp_path)
+    assert result.exit_code == 2 and "val.parquet is there already" in result.stderr
+    assert before == [(tmp_path / n).read_bytes() for n in ("train.parquet", "val.parquet")]
+
+
+def test_the_summary_names_costs_only_where_labels_differ_in_them(
+    probed: Path, tmp_path: Path
+) -> None:
+    assert "24 labels bought, 6 to buy, " in done("triage", probed, "--budget", "30")
+    dear = next(r for r in RunDir.open(probed).plan().to_pylist() if "not trusted" in r["reason"])
+    jsonl(tmp_path / "costs.jsonl", [{"pt_id": dear["pt_id"], "cost": 2.5}])
+    said = done("triage", probed, "--costs", tmp_path / "costs.jsonl")
+    assert "24 labels bought for 24, 19 to buy for 20.5." in said
+    assert "24 labels bought for 24, 4 to buy for 4, " in done(
+        "triage", probed, "--budget-cost", "28"
+    )
 
 
 @pytest.mark.parametrize(

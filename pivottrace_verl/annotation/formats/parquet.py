@@ -10,14 +10,15 @@ from pivottrace_verl.annotation.formats.rows import Fault, report
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.files import read_table, write_table_atomic
 
-_NUMBERS = ("uncertainty", "cost")
+_NUMBERS = {
+    **dict.fromkeys(("uncertainty", "cost"), pa.float64()),
+    **dict.fromkeys(("rank", "n_rollouts", "unparseable", "truncated", "timed_out"), pa.int64()),
+}
 
 
 def write(path: Path, rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> None:
-    """All rows, atomically: text columns, but float64 for uncertainty and cost."""
-    schema = pa.schema(
-        [(name, pa.float64() if name in _NUMBERS else pa.string()) for name in columns]
-    )
+    """All rows, atomically: text columns, but numbers for those of `_NUMBERS`."""
+    schema = pa.schema([(name, _NUMBERS.get(name, pa.string())) for name in columns])
     table = pa.table(
         {
             name: pa.array([row.get(name) for row in rows], type=schema.field(name).type)
