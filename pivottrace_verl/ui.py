@@ -77,8 +77,8 @@ def table(title: str, rows: Sequence[Mapping[str, Any]], columns: Sequence[str])
     for row in rows:
         out.add_row(*(Text(printable(_cell(row.get(column)))) for column in columns))
     # A log has no edge: names and numbers need not be cut there.
-    width = None if console.is_terminal else max(console.width, WIDTH)
-    console.print(out, width=width, crop=console.is_terminal)
+    wide = console if console.is_terminal else Console(file=console.file, width=WIDTH)
+    wide.print(out)
 
 
 def _cell(value: Any) -> str:

@@ -27,6 +27,7 @@ from pivottrace_verl.estimators import ESTIMATORS
 from pivottrace_verl.pivots import DetectorConfig
 from pivottrace_verl.pool import RunDir
 from pivottrace_verl.scoring import ScoreConfig
+from pivottrace_verl.traces import FEATURE_NAMES
 
 N = 40
 CHAT = [{"role": "user", "content": "1 + 1?"}]
@@ -166,10 +167,12 @@ def score_row(pt_id: str, i: int) -> dict[str, Any]:
         "answers": answers,
         "majority": None if right == 4 else answers[0]["answer"],
         "unparseable": 0,
+        "timed_out": 0,
         "truncated": 0,
         "length_mean": 30.0,
         "logprob_mean": -0.5,
         **{f"uncertainty/{name}": float(i) for name in ESTIMATORS},
+        **{f"features/{name}": float(i) for name in FEATURE_NAMES},
         "rollouts": [],
     }
 
