@@ -9,6 +9,7 @@ import pytest
 
 from pivottrace_verl.estimators import ESTIMATORS
 from pivottrace_verl.pool import RunDir
+from pivottrace_verl.traces import FEATURE_NAMES
 
 
 @pytest.fixture
@@ -50,11 +51,13 @@ def score_row(pt_id: str, majority: str | None) -> dict[str, Any]:
         "answers": [{"answer": majority or "x", "count": 4}],
         "majority": majority,
         "unparseable": 0,
+        "timed_out": 0,
         "truncated": 0,
         "length_mean": 10.0,
         "logprob_mean": -0.5,
         "rollouts": [],
         **{f"uncertainty/{name}": 0.5 for name in ESTIMATORS},
+        **{f"features/{name}": 0.5 for name in FEATURE_NAMES},
     }
 
 
