@@ -80,19 +80,19 @@ class Carelessness:
     """A new branch is one that leads to the solution, whatever the intuition says."""
     temperature: float = 0.35
     """Spread of the intuition "get close to the target first" (in log distance)."""
-    hasty: float = 0.1
+    hasty: float = 0.15
     """It does not search at all and guesses."""
     miscalculate: float = 0.03
     """A result is off by a little, and the search goes on with it."""
-    overlook: float = 0.06
+    overlook: float = 0.08
     """A combination that hits the target is waved through as `no`."""
-    wishful: float = 0.02
+    wishful: float = 0.03
     """A first failing combination is claimed to hit the target."""
     impatience: float = 0.04
     """Added to `wishful` for every combination that has failed already."""
     miscopy: float = 0.08
     """The answer is not the expression that was found."""
-    give_up: float = 0.05
+    give_up: float = 0.08
     """After a failure the demonstrator stops searching and guesses."""
     patience: int = 5
     """Failures (a count) after which it gives up in any case."""

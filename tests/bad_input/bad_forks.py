@@ -97,6 +97,8 @@ def _serve() -> None:
 
 def _child(job: dict[str, Any], main: Callable[[], Any], steps: int) -> None:
     sys.argv = ["pivottrace", *job["words"]]
+    # A test run in the background of a shell inherits "ignore Ctrl-C", and so would the fork.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if job["largest_file"] is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (job["largest_file"],) * 2)
     if job["powerless"]:

@@ -67,7 +67,8 @@ def test_a_conversation_renders_the_same_with_and_without_its_last_answer(tokeni
 
 def test_targets_are_the_answer_tokens_one_position_early(tokenizer):
     settings = make_policy.Settings(problems=20, batch=4)
-    tokens, targets = next(make_policy.batches(settings, tokenizer))
+    rows = make_policy.batches(settings, tokenizer, tasks.Carelessness(), seed=0)
+    tokens, targets = next(rows)
     for row, wanted in zip(tokens, targets, strict=True):
         (positions,) = torch.where(wanted != -100)
         assert torch.equal(wanted[positions], row[positions + 1])
@@ -83,6 +84,24 @@ def test_fact_targets_are_results(tokenizer):
             left, op, right, equals = words[position - 3 : position + 1]
             assert equals == "="
             assert eval(f"{left} {op} {right}") == int(words[position + 1])  # noqa: S307
+
+
+def test_careful_demonstrations_come_first_and_careless_ones_last(tokenizer, monkeypatch):
+    seen = []
+
+    def batches(settings, tokenizer, carelessness, seed):
+        for rows in original(settings, tokenizer, carelessness, seed):
+            seen.append(carelessness)
+            yield rows
+
+    original = make_policy.batches
+    monkeypatch.setattr(make_policy, "batches", batches)
+    settings = make_policy.Settings(
+        fact_steps=2, steps=5, careless_steps=2, problems=10, batch=2, hidden=64, intermediate=64
+    )
+    make_policy.train(settings, tokenizer)
+    careless = tasks.Carelessness()
+    assert seen == [tasks.careful(careless)] * 3 + [careless] * 2
 
 
 def test_the_folder_loads_in_hugging_face_format(folder):
