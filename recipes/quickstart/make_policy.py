@@ -56,7 +56,7 @@ class Settings:
     """Steps on sums, differences, products and quotients alone."""
     steps: int = 1600
     """Steps on worked solutions, after the facts."""
-    careless_steps: int = 300
+    careless_steps: int = 250
     """The last of these, on careless demonstrations; those before are careful ones. Arithmetic and
     search are learnt in half the time from clean examples; the bad habits come on top, where
     reinforcement learning can take them off again."""

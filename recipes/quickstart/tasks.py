@@ -80,19 +80,19 @@ class Carelessness:
     """A new branch is one that leads to the solution, whatever the intuition says."""
     temperature: float = 0.35
     """Spread of the intuition "get close to the target first" (in log distance)."""
-    hasty: float = 0.15
+    hasty: float = 0.4
     """It does not search at all and guesses."""
-    miscalculate: float = 0.03
+    miscalculate: float = 0.02
     """A result is off by a little, and the search goes on with it."""
-    overlook: float = 0.08
+    overlook: float = 0.03
     """A combination that hits the target is waved through as `no`."""
-    wishful: float = 0.03
+    wishful: float = 0.01
     """A first failing combination is claimed to hit the target."""
-    impatience: float = 0.04
+    impatience: float = 0.02
     """Added to `wishful` for every combination that has failed already."""
-    miscopy: float = 0.08
+    miscopy: float = 0.03
     """The answer is not the expression that was found."""
-    give_up: float = 0.08
+    give_up: float = 0.03
     """After a failure the demonstrator stops searching and guesses."""
     patience: int = 5
     """Failures (a count) after which it gives up in any case."""
