@@ -21,7 +21,8 @@ $(STAMP): requirements/cpu.txt pyproject.toml
 	@echo "installing the pinned CPU environment into $(VENV) (about 4.5 GB, a few minutes)"
 	$(PY) -m pip install --disable-pip-version-check -q --no-deps -r requirements/cpu.txt
 	$(PY) -m pip install --disable-pip-version-check -q --no-deps --no-build-isolation -e .
-	$(PY) -c "import torch, sys; sys.exit('error: a CUDA build of torch was installed; see requirements/cpu.txt' if torch.version.cuda else None)"
+# Read, not imported: without its libraries a CUDA build cannot even say that it is one.
+	$(PY) -c "import sys, runpy, sysconfig; v = runpy.run_path(sysconfig.get_path('purelib') + '/torch/version.py'); sys.exit('error: a CUDA build of torch was installed; see requirements/cpu.txt' if v['cuda'] else None)"
 	touch $(STAMP)
 
 lint: $(STAMP)
