@@ -228,7 +228,7 @@ class Clusters:
     unparseable: int
     """Rollouts without an answer."""
     timed_out: int
-    """Rollouts whose answer could not be compared within the limits; they form no cluster."""
+    """Rollouts whose answer was not read or compared within the limits; they form no cluster."""
 
 
 def cluster(answers: Sequence[Answer], kind: AnswerKind | str) -> Clusters:
