@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -13,7 +12,7 @@ from pivottrace_verl.cli import app
 from pivottrace_verl.cli_estimators import _table
 from pivottrace_verl.estimators import ESTIMATORS
 from pivottrace_verl.pool import RunDir
-from pivottrace_verl.schemas import SCORE_SCHEMA
+from tests.score_table import score_row
 
 runner = CliRunner()
 N = 60
@@ -41,21 +40,15 @@ def probed(tmp_path: Path) -> Path:
     scores = []
     for i, prompt in enumerate(run.pool()):
         right = round(8 * (1 - i / N))
-        clusters = [{"answer": a, "count": c} for a, c in (("yes", right), ("no", 8 - right)) if c]
-        estimates = {f"uncertainty/{name}": float(i * 37 % N) for name in ESTIMATORS}
         scores.append(
-            {
-                **{f.name: 0 if pa.types.is_integer(f.type) else None for f in SCORE_SCHEMA},
-                "pt_id": prompt.pt_id,
-                "n_rollouts": 8,
-                "answers": sorted(clusters, key=lambda c: -c["count"]),
-                "majority": None if right == 4 else ("yes" if right > 4 else "no"),
-                "length_mean": 30.0,
-                **estimates,
-                "uncertainty/entropy": float(i),
-                "uncertainty/length": None,
-                "rollouts": [],
-            }
+            score_row(
+                prompt.pt_id,
+                [("yes", right), ("no", 8 - right)],
+                estimate=None,
+                length_mean=30.0,
+                **{f"uncertainty/{name}": float(i * 37 % N) for name in ESTIMATORS}
+                | {"uncertainty/entropy": float(i), "uncertainty/length": None},
+            )
         )
     run.write_score_part(0, scores)
     run.merge_scores()

@@ -5,6 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pivottrace_verl.errors import PivotTraceError
+from tests.score_table import score_row
 
 LACKING = ["uncertainty/self_certainty", "features/mass_mean"]
 
@@ -17,7 +18,7 @@ def without(path, columns):
 
 
 @pytest.fixture
-def scored(make_run, score_row):
+def scored(make_run):
     run = make_run(n=6)
     ids = [prompt.pt_id for prompt in run.pool()]
     for i in (0, 1):

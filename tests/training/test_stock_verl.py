@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 from pivottrace_verl.pool import RunDir
-from pivottrace_verl.schemas import SCORE_SCHEMA
 from pivottrace_verl.training.data import export_for_verl
+from tests.score_table import score_row
 
 READ = """
 import json, sys
@@ -66,11 +66,7 @@ def make_run(path: Path) -> RunDir:
         (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     run = RunDir.create(path / "run", path / "pool.jsonl", model, path / "val.jsonl")
     ids = [prompt.pt_id for prompt in run.pool()]
-    blank = {
-        field.name: {"string": "", "int64": 1, "double": 0.0}.get(str(field.type), [])
-        for field in SCORE_SCHEMA
-    }
-    run.write_score_part(0, [{**blank, "pt_id": pt_id} for pt_id in ids])
+    run.write_score_part(0, [score_row(pt_id) for pt_id in ids])
     run.merge_scores()
     routes = ["drop", "annotate", "self_train", "review", "annotate", "drop"]
     run.write_plan(
