@@ -170,8 +170,6 @@ def _broken(table: pa.Table, cfg: TriageConfig) -> Codes:
     n: Floats = np.maximum(np.asarray(table["n_rollouts"], dtype=np.float64), 1)
 
     def share(name: str) -> Floats:
-        if name not in table.schema.names:
-            return np.zeros(len(n))
         count: Floats = np.asarray(table[name], dtype=np.float64)
         return count / n
 
