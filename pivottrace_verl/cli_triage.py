@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pivottrace_verl import ui
-from pivottrace_verl.cli_base import AsJson, RunPath, Seed, opened, told
+from pivottrace_verl.cli_base import (
+    AsJson,
+    MaxTruncated,
+    MaxUnanswered,
+    RunPath,
+    Seed,
+    opened,
+    told,
+)
 from pivottrace_verl.errors import PivotTraceError
 
 if TYPE_CHECKING:
@@ -97,14 +105,8 @@ def triage(
     alpha: Annotated[
         float, typer.Option(help="Largest p value of that correlation; 1 asks for none.")
     ] = 0.05,
-    max_unanswered: Annotated[
-        float,
-        typer.Option(help="Review a prompt if more of its rollouts are unparseable or timed out."),
-    ] = 0.5,
-    max_truncated: Annotated[
-        float,
-        typer.Option(help="The same for truncated ones, whether or not they answer; 1: never."),
-    ] = 0.5,
+    max_unanswered: MaxUnanswered = 0.5,
+    max_truncated: MaxTruncated = 0.5,
     fallback: Annotated[
         bool, typer.Option(help="If the probes refuse the estimator, take the one they name.")
     ] = False,
