@@ -187,15 +187,11 @@ def _show(plan: Plan, run: Path, *, written: bool) -> None:
     if plan.sources:
         ui.table("Labels of the sources with a quota or a floor", plan.sources, [*plan.sources[0]])
     labels = plan.labels
-    spent, more = labels["spent"], labels["cost_to_buy"]
-    # Where each label costs 1, costs would only repeat the numbers.
-    alike = (spent, more) == (labels["bought"], labels["to_buy"])
-    priced = labels["budget_cost"] is not None or not alike
     ui.say(
         f"{labels['bought']} labels bought"
-        + (f" for {spent:g}" if priced else "")
+        + _priced(labels["bought"], labels["spent"])
         + f", {labels['to_buy']} to buy"
-        + (f" for {more:g}" if priced else "")
+        + _priced(labels["to_buy"], labels["cost_to_buy"])
         + (f", {labels['over_budget']} over the budget" if labels["over_budget"] else "")
         + (f", {labels['over_quota']} over their quota" if labels["over_quota"] else "")
         + ("." if written else "; nothing was written (--dry-run).")
@@ -205,6 +201,11 @@ def _show(plan: Plan, run: Path, *, written: bool) -> None:
     _show_review(plan, run)
     if written and labels["to_buy"]:
         ui.say(f"next: pivottrace annotate export {run} FILE")
+
+
+def _priced(count: int, cost: float) -> str:
+    """What labels cost, where it is not what they are: 1 each."""
+    return "" if cost == count else f" for {cost:g}"
 
 
 def _threshold(value: float | None, interval: tuple[float | None, float | None]) -> str:
