@@ -16,6 +16,7 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -45,9 +46,9 @@ class Clock:
         wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
         return wall, self.waited, cpu - self.asking
 
-    def __call__(self, kind: str, operation: str, items: list) -> list:
+    def __call__(self, kind: str, operation: str, items: list, about: Sequence[str] = ()) -> list:
         wall, cpu = time.perf_counter(), time.process_time()
-        values = self._ask(kind, operation, items)
+        values = self._ask(kind, operation, items, about)
         self.waited += time.perf_counter() - wall
         self.asking += time.process_time() - cpu
         return values
