@@ -56,8 +56,8 @@ class Memo:
         """[N] items -> [N] values, as `answer_pool.ask`; equal items are asked about once."""
         values = {item: self._known.get((operation, item), self) for item in items}
         unknown = [item for item, value in values.items() if value is self]
-        found = answer_pool.ask(self._kind, operation, unknown, self._about)
-        for item, value in zip(unknown, found, strict=True):
+        asked = answer_pool.ask(self._kind, operation, unknown, self._about) if unknown else []
+        for item, value in zip(unknown, asked, strict=True):
             values[item] = value
             if len(str(item)) <= _LONGEST:
                 self._remember((operation, item), value)
