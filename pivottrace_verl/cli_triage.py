@@ -204,7 +204,7 @@ def _show(plan: Plan, run: Path, *, written: bool) -> None:
 
 
 def _priced(count: int, cost: float) -> str:
-    """What labels cost, where it is not what they are: 1 each."""
+    """What the labels cost, unless that is their number."""
     return "" if cost == count else f" for {cost:g}"
 
 

@@ -89,6 +89,8 @@ def sound(scores: Any, cfg: TriageConfig) -> NDArray[np.bool_]:
 def judged(scores: Any, probes: Sequence[Outcome], cfg: TriageConfig) -> list[Outcome]:
     """The probes that calibration looks at: those not set apart as `review`."""
     table = table_of(scores)
+    ids = pa.array([probe.pt_id for probe in probes], pa.string())
+    table = table.filter(pc.is_in(table["pt_id"], value_set=ids))
     kept = set(table["pt_id"].filter(pa.array(sound(table, cfg))).to_pylist())
     return [probe for probe in probes if probe.pt_id in kept]
 

@@ -44,6 +44,16 @@ def test_parts_of_another_version_are_neither_merged_nor_gone_on_with(scored):
     assert not (scored.path / "scores.parquet").exists()
 
 
+def test_a_damaged_part_is_found_when_its_rows_are_read_which_a_resumed_run_puts_off(scored):
+    part = scored.path / "scores" / "part-00001.parquet"
+    content = part.read_bytes()
+    part.write_bytes(content[:4] + bytes(400) + content[404:])
+    scored.check_score_parts()
+    with pytest.raises(PivotTraceError, match=r"part-00001\.parquet is not a readable Parquet"):
+        scored.merge_scores()
+    assert not (scored.path / "scores.parquet").exists()
+
+
 def test_scores_of_this_version_are_read(scored):
     scored.check_score_parts()
     scored.merge_scores()

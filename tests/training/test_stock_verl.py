@@ -6,8 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.pool import RunDir
-from pivottrace_verl.training.data import export_for_verl
+from pivottrace_verl.training.data import export_for_verl, write_training_files
 from tests.score_table import score_row
 
 READ = """
@@ -113,3 +116,11 @@ def test_stock_verl_reads_rewards_and_collates_an_export_without_our_plugin(tmp_
     assert [row["extra"]["uncertainty"] for row in read["train"]] == [0.2, 0.8]
     assert all(row["extra"]["labeled"] and row["reward"] == 1.0 for row in read["train"])
     assert len(read["val"]) == 6 and all(row["reward"] == 1.0 for row in read["val"])
+
+
+def test_training_files_that_do_not_fill_a_batch_are_not_written(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with pytest.raises(PivotTraceError, match=r"Only 3 prompts are left .* one batch of 4"):
+        write_training_files(run, 4)
+    assert not (run.path / "train").exists()
+    assert write_training_files(run, 3) == (3, 6)
