@@ -34,7 +34,14 @@ class MathAnswers(PooledAnswers):
         self._memo = Memo("math")
 
     def extract_many(self, texts: Sequence[str]) -> list[Answer]:
-        found = self._ask_rest("extract", texts, [_plain_box(text) for text in texts])
+        boxes = [_only_box(text) for text in texts]
+        known: list[Answer] = [box if box and read_number(box) else None for box in boxes]
+        # Of the box alone first: rollouts do not repeat, but what they box does.
+        boxed = [i for i, box in enumerate(boxes) if box is not None and known[i] is None]
+        alone = self._memo.ask("extract", [f"\\boxed{{{boxes[i]}}}" for i in boxed])
+        for i, answer in zip(boxed, alone, strict=True):
+            known[i] = answer
+        found = self._ask_rest("extract", texts, known)
         return [_spelt(answer) if isinstance(answer, str) else answer for answer in found]
 
     def canonical_many(self, labels: Sequence[str]) -> list[Answer]:
@@ -55,13 +62,12 @@ class MathAnswers(PooledAnswers):
         return [next(values) if value is None else value for value in known]
 
 
-def _plain_box(text: str) -> str | None:
-    """The number in the text's only box, where math-verify would read just that."""
+def _only_box(text: str) -> str | None:
+    """What the text's only box holds, where math-verify would read just that if it can."""
     if text.count("boxed") != 1 or "final answer" in text.lower():
         return None
     start = text.find("\\boxed{")
-    boxed = None if start < 0 else last_boxed(text[start : start + LONGEST])
-    return boxed if boxed is not None and read_number(boxed) else None
+    return None if start < 0 else last_boxed(text[start : start + LONGEST])
 
 
 def _spelt(answer: str) -> str:

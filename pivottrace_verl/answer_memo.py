@@ -20,6 +20,9 @@ class PooledAnswers(ABC):
     """A kind whose answers are compared in the pool: many at a time, which tells what timed out,
     or one at a time, where that is None or False."""
 
+    symmetric = True
+    """Whether `equal_many` says the same of a pair and its reverse."""
+
     @abstractmethod
     def extract_many(self, texts: Sequence[str]) -> list[Answer]: ...
 
@@ -42,19 +45,19 @@ class PooledAnswers(ABC):
 
 
 class Memo:
-    """The pool's replies for one kind of answer."""
+    """The pool's replies for one kind of answer; `about`: see `answer_pool.ask`."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, about: Sequence[str] = ()) -> None:
         self._kind = kind
+        self._about = about
         self._known: dict[tuple[str, Hashable], Any] = {}
 
     def ask(self, operation: str, items: Sequence[Any]) -> list[Any]:
         """[N] items -> [N] values, as `answer_pool.ask`; equal items are asked about once."""
         values = {item: self._known.get((operation, item), self) for item in items}
         unknown = [item for item, value in values.items() if value is self]
-        for item, value in zip(
-            unknown, answer_pool.ask(self._kind, operation, unknown), strict=True
-        ):
+        asked = answer_pool.ask(self._kind, operation, unknown, self._about) if unknown else []
+        for item, value in zip(unknown, asked, strict=True):
             values[item] = value
             if len(str(item)) <= _LONGEST:
                 self._remember((operation, item), value)

@@ -159,21 +159,25 @@ class _Pool:
             self._free.put(None)
         self._closed = False
 
-    def ask(self, kind: str, operation: str, items: Sequence[Any]) -> list[Any]:
+    def ask(
+        self, kind: str, operation: str, items: Sequence[Any], about: Sequence[str]
+    ) -> list[Any]:
         chunks = [items[i : i + _CHUNK] for i in range(0, len(items), _CHUNK)]
         if len(chunks) <= 1 or self.limits.workers == 1:
-            found = [self._chunk(kind, operation, chunk) for chunk in chunks]
+            found = [self._chunk(kind, operation, chunk, about) for chunk in chunks]
         else:
             with ThreadPoolExecutor(min(self.limits.workers, len(chunks))) as threads:
-                found = list(threads.map(lambda c: self._chunk(kind, operation, c), chunks))
+                found = list(threads.map(lambda c: self._chunk(kind, operation, c, about), chunks))
         return [value for values in found for value in values]
 
-    def _chunk(self, kind: str, operation: str, items: Sequence[Any]) -> list[Any]:
+    def _chunk(
+        self, kind: str, operation: str, items: Sequence[Any], about: Sequence[str]
+    ) -> list[Any]:
         values: list[Any] = []
         worker = self._free.get()
         try:
             while len(values) < len(items):
-                worker = self._ready(worker, kind, operation, items[len(values) :])
+                worker = self._ready(worker, kind, operation, items[len(values) :], about)
                 while len(values) < len(items):
                     reply = worker.reply(self.limits.seconds)
                     if reply is None or "over" in reply:
@@ -203,10 +207,15 @@ class _Pool:
         return values
 
     def _ready(
-        self, worker: _Worker | None, kind: str, operation: str, items: Sequence[Any]
+        self,
+        worker: _Worker | None,
+        kind: str,
+        operation: str,
+        items: Sequence[Any],
+        about: Sequence[str],
     ) -> _Worker:
         """A worker that has this request before it; a new one if the given one is gone."""
-        request = {"kind": kind, "operation": operation, "items": list(items)}
+        request = {"kind": kind, "operation": operation, "items": list(items), "about": about}
         while True:
             if worker is None:
                 worker = _shared.starter.submit(_Worker, self.limits).result()
@@ -260,8 +269,9 @@ class _Shared:
 _shared = _Shared()
 
 
-def ask(kind: str, operation: str, items: Sequence[Any]) -> list[Any]:
-    """[N] items -> [N] values, TIMED_OUT for an item that was over a limit.
+def ask(kind: str, operation: str, items: Sequence[Any], about: Sequence[str] = ()) -> list[Any]:
+    """[N] items -> [N] values, TIMED_OUT for an item that was over a limit. `about` is what the
+    worker's `prepare` has to know of the kind.
 
     Raises PivotTraceError if a worker cannot be started or a verifier fails.
     """
@@ -271,7 +281,7 @@ def ask(kind: str, operation: str, items: Sequence[Any]) -> list[Any]:
         if _shared.pool is None:
             _shared.pool = _Pool(Limits.from_environment())
         pool = _shared.pool
-    return pool.ask(kind, operation, items)
+    return pool.ask(kind, operation, items, about)
 
 
 def set_limits(limits: Limits) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 
 MODULES = {
     "math": "pivottrace_verl.answer_math",
+    "own": "pivottrace_verl.answer_own",
     "reasoning_gym": "pivottrace_verl.answer_gym",
 }
 """Where each kind's OPERATIONS are: name -> function of one item, after a call of `prepare`."""
@@ -43,7 +44,7 @@ def main(parent: int, limit_s: float, memory: int) -> None:
     for line in sys.stdin:
         request = json.loads(line)
         module = importlib.import_module(MODULES[request["kind"]])
-        module.prepare()
+        module.prepare(*request["about"])
         operation = module.OPERATIONS[request["operation"]]
         _limit(resource.RLIMIT_AS, _address_space() + _AHEAD * memory)
         _say(replies, {"ready": True})

@@ -6,8 +6,7 @@ TIMED_OUT, where the comparison passed the limits of `answer_pool`. Votes depend
 answers only, never on their order.
 
 Kinds: `math` (math-verify), `exact`, `expression`, `reasoning_gym:<task>`, or a factory of one's
-own as `pkg.module:factory`, called without arguments. What it makes is called in the asking
-process, without a limit; an error in it stops the run with a sentence.
+own as `pkg.module:factory`, called without arguments (see `answer_own`).
 
     kind = get_answers("math")
     vote = cluster(extract_many(kind, rollouts), kind)
@@ -17,16 +16,16 @@ Axes: N answers; G rollouts of a prompt.
 """
 
 import enum
-import importlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Protocol, TypeGuard, runtime_checkable
+from typing import Protocol, TypeGuard, runtime_checkable
 
 from pivottrace_verl.answer_gym import ReasoningGymAnswers
 from pivottrace_verl.answer_kinds import ExactAnswers, ExpressionAnswers
 from pivottrace_verl.answer_math import MathAnswers
+from pivottrace_verl.answer_own import OwnAnswers, make
 from pivottrace_verl.answer_pool import TIMED_OUT, Answer, TimedOut
 from pivottrace_verl.errors import PivotTraceError
 
@@ -40,7 +39,6 @@ __all__ = [
     "Clusters",
     "Grade",
     "ManyAnswers",
-    "OwnAnswers",
     "agreement",
     "canonical_many",
     "cluster",
@@ -56,7 +54,7 @@ __all__ = [
 
 @runtime_checkable
 class AnswerKind(Protocol):
-    """What an answer is for one family of problems. Stateless; called from several threads.
+    """What an answer is for one family of problems. Stateless: what it says may be remembered.
 
     Answers with one canonical form are equal. A kind may set `canonical_decides = True` where
     only those are: `equal` is then not asked within a vote.
@@ -73,10 +71,13 @@ class AnswerKind(Protocol):
 
 
 class ManyAnswers(AnswerKind, Protocol):
-    """A kind that takes many at a time, and tells what timed out: `math` and `reasoning_gym`.
+    """A kind that takes many at a time, and tells what timed out: all that ask the workers.
 
-    For one at a time, what timed out is None or False. `equal_many` is symmetric.
+    For one at a time, what timed out is None or False.
     """
+
+    symmetric: bool
+    """Whether `equal_many` says the same of a pair and its reverse."""
 
     def extract_many(self, texts: Sequence[str]) -> list[Answer]: ...
 
@@ -115,7 +116,7 @@ def get_answers(kind: str) -> AnswerKind:
     if module == "reasoning_gym":
         return ReasoningGymAnswers(factory)
     try:
-        made = getattr(importlib.import_module(module), factory)()
+        made = make(kind)
     except (ImportError, AttributeError, TypeError) as error:
         raise PivotTraceError(f"The answers kind '{kind}' cannot be made: {error}.") from error
     if not isinstance(made, AnswerKind):
@@ -124,42 +125,6 @@ def get_answers(kind: str) -> AnswerKind:
             "or canonical."
         )
     return OwnAnswers(kind, made)
-
-
-class OwnAnswers:
-    """A user's verifier, its errors turned into sentences that name it and the answer."""
-
-    def __init__(self, path: str, made: AnswerKind) -> None:
-        self._path = path
-        self._made = made
-        self.canonical_decides = bool(getattr(made, "canonical_decides", False))
-
-    def extract(self, text: str) -> str | None:
-        return self._text("extract", self._call("extract", text))
-
-    def equal(self, a: str, b: str) -> bool:
-        return bool(self._call("equal", a, b))
-
-    def canonical(self, label: str) -> str | None:
-        return self._text("canonical", self._call("canonical", label))
-
-    def _call(self, method: str, *given: str) -> Any:
-        try:
-            return getattr(self._made, method)(*given)
-        except Exception as error:
-            shown = ", ".join(repr(text if len(text) <= 200 else text[-200:]) for text in given)
-            raise PivotTraceError(
-                f"The verifier {self._path} failed in {method}({shown}): "
-                f"{type(error).__name__}: {error}."
-            ) from error
-
-    def _text(self, method: str, value: Any) -> str | None:
-        if value is None or isinstance(value, str):
-            return value
-        raise PivotTraceError(
-            f"The verifier {self._path} gave a {type(value).__name__} from {method}, but must give "
-            "text or None."
-        )
 
 
 def extract_many(kind: AnswerKind | str, texts: Sequence[str]) -> list[Answer]:
@@ -228,7 +193,7 @@ class Clusters:
     unparseable: int
     """Rollouts without an answer."""
     timed_out: int
-    """Rollouts whose answer could not be compared within the limits; they form no cluster."""
+    """Rollouts whose answer was not read or compared within the limits; they form no cluster."""
 
 
 def cluster(answers: Sequence[Answer], kind: AnswerKind | str) -> Clusters:
@@ -293,9 +258,14 @@ def cluster(answers: Sequence[Answer], kind: AnswerKind | str) -> Clusters:
 def _equal_either_way(
     kind: AnswerKind, pairs: Sequence[tuple[str, str]]
 ) -> Sequence[bool | TimedOut]:
-    if _takes_many(kind):
-        return kind.equal_many(pairs)
-    return [kind.equal(a, b) or kind.equal(b, a) for a, b in pairs]
+    if not _takes_many(kind):
+        return [kind.equal(a, b) or kind.equal(b, a) for a, b in pairs]
+    there = kind.equal_many(pairs)
+    if kind.symmetric:
+        return there
+    back = kind.equal_many([(b, a) for a, b in pairs])
+    either = zip(there, back, strict=True)
+    return [True if True in both else TIMED_OUT if TIMED_OUT in both else False for both in either]
 
 
 def _taken_out(pairs: set[tuple[int, int]], sizes: Counter[int]) -> set[int]:

@@ -122,6 +122,7 @@ def score(
     ui.say(
         f"{table.num_rows} prompts scored; {traced} of {total} rollouts traced, "
         f"tau {tau:.4f}, {sum(table['unparseable'].to_pylist())} answers unparseable, "
+        f"{sum(table['timed_out'].to_pylist())} timed out, "
         f"{sum(table['truncated'].to_pylist())} rollouts truncated."
     )
 

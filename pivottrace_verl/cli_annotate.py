@@ -208,8 +208,9 @@ def annotate_status(run: RunPath, as_json: AsJson = False) -> None:
         if count is not None
     ]
     budget = "" if found["budget"] is None else f" of a budget of {found['budget']}"
+    cost = "" if found["cost"] == found["bought"] else f", cost {found['cost']:g}"
     ui.say(
-        f"{found['bought']} labels bought{budget}, cost {found['cost']:g}; "
+        f"{found['bought']} labels bought{budget}{cost}; "
         f"{', '.join(still) or 'no probes drawn yet'}; {len(found['conflicts'])} conflicts."
     )
     if found["bought"]:

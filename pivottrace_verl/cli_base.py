@@ -30,6 +30,14 @@ R = TypeVar("R")
 
 Seed = Annotated[int, typer.Option(help="Seed of every draw in this stage.")]
 
+MaxUnanswered = Annotated[
+    float,
+    typer.Option(help="Review a prompt if more of its rollouts are unparseable or timed out."),
+]
+MaxTruncated = Annotated[
+    float, typer.Option(help="The same for truncated ones, whether or not they answer; 1: never.")
+]
+
 LONGEST = 1500
 """Characters of an error message; the middle of a longer one is left out."""
 

@@ -12,7 +12,15 @@ from rich.table import Table
 from rich.text import Text
 
 from pivottrace_verl import ui
-from pivottrace_verl.cli_base import AsJson, RunPath, Seed, opened, told
+from pivottrace_verl.cli_base import (
+    AsJson,
+    MaxTruncated,
+    MaxUnanswered,
+    RunPath,
+    Seed,
+    opened,
+    told,
+)
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.files import write_bytes_atomic
 from pivottrace_verl.pool import RunDir
@@ -28,6 +36,8 @@ def estimators(
         Path | None, typer.Option(help="Also draw points and intervals into this SVG file.")
     ] = None,
     draws: Annotated[int, typer.Option(min=1, help="Bootstrap draws of the probes.")] = 1000,
+    max_unanswered: MaxUnanswered = 0.5,
+    max_truncated: MaxTruncated = 0.5,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -36,26 +46,32 @@ def estimators(
     from pivottrace_verl.fitted import MANY
     from pivottrace_verl.report.estimator_picture import picture as drawn
     from pivottrace_verl.score_columns import estimators_in
-    from pivottrace_verl.triage import TriageConfig
+    from pivottrace_verl.triage import FEWEST_PROBES, TriageConfig, judged, too_few
 
+    config = TriageConfig(max_unanswered=max_unanswered, max_truncated=max_truncated)
     if picture is not None and picture.suffix.lower() != ".svg":
         raise PivotTraceError(f"The picture is drawn as SVG, so {picture} must end in .svg.")
     with ExitStack() as stack:
         opened_run = opened(run, stack)
-        scores = opened_run.scores()
-        found = _labelled_probes(opened_run, scores)
+        scores = opened_run.scores(rollouts=False)
+        labelled = _labelled_probes(opened_run, scores)
+        found = judged(scores, labelled, config)
+        set_apart = len(labelled) - len(found)
+        if len(found) < FEWEST_PROBES:
+            raise too_few(len(found), set_apart)
         costs = cost_per_prompt(opened_run.manifest, estimators_in(scores))
         # With few probes it takes a second or two.
         bar = None if as_json or len(found) < MANY else stack.enter_context(ui.Bar("bootstrap"))
         report = assess(
             scores,
             found,
-            TriageConfig(),
+            config,
             draws=draws,
             seed=seed,
             costs=costs,
             progress=None if bar is None else bar.update,
         )
+    report["probes_in_review"] = set_apart
     if picture is not None:
         write_bytes_atomic(picture, drawn(report))
     if as_json:
@@ -69,6 +85,11 @@ def estimators(
         "over all k; lower is better. Every score is read in the direction the probes give it: "
         "+ higher is more uncertain, - lower is. Cost: seconds a prompt, rollouts included."
     )
+    if set_apart:
+        ui.say(
+            f"{set_apart} labelled probes are left out: their rollouts are broken, which triage "
+            "sets apart for review."
+        )
     for sentence in [*report["not_offered"].values(), *report["sentences"]]:
         ui.say(sentence)
 
@@ -107,7 +128,7 @@ def _table(report: Mapping[str, Any]) -> Table:
             {"higher": "+", "lower": "-"}.get(row["direction"], ""),
             row["estimator"],
             str(row["n"]),
-            _interval(row["auroc"]) if row["measured"] else "not measured",
+            _interval(row["auroc"]) if row["measured"] else "not scored",
             _interval(row["auroc_within_length"]),
             _interval(row["spearman"]),
             _interval(row["aurc"]),

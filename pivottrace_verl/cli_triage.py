@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from pivottrace_verl import ui
-from pivottrace_verl.cli_base import AsJson, RunPath, Seed, opened, told
+from pivottrace_verl.cli_base import (
+    AsJson,
+    MaxTruncated,
+    MaxUnanswered,
+    RunPath,
+    Seed,
+    opened,
+    told,
+)
 from pivottrace_verl.errors import PivotTraceError
 
 if TYPE_CHECKING:
@@ -97,14 +105,8 @@ def triage(
     alpha: Annotated[
         float, typer.Option(help="Largest p value of that correlation; 1 asks for none.")
     ] = 0.05,
-    max_unanswered: Annotated[
-        float,
-        typer.Option(help="Review a prompt if more of its rollouts are unparseable or timed out."),
-    ] = 0.5,
-    max_truncated: Annotated[
-        float,
-        typer.Option(help="The same for truncated ones, whether or not they answer; 1: never."),
-    ] = 0.5,
+    max_unanswered: MaxUnanswered = 0.5,
+    max_truncated: MaxTruncated = 0.5,
     fallback: Annotated[
         bool, typer.Option(help="If the probes refuse the estimator, take the one they name.")
     ] = False,
@@ -185,15 +187,11 @@ def _show(plan: Plan, run: Path, *, written: bool) -> None:
     if plan.sources:
         ui.table("Labels of the sources with a quota or a floor", plan.sources, [*plan.sources[0]])
     labels = plan.labels
-    spent, more = labels["spent"], labels["cost_to_buy"]
-    # Where each label costs 1, costs would only repeat the numbers.
-    alike = (spent, more) == (labels["bought"], labels["to_buy"])
-    priced = labels["budget_cost"] is not None or not alike
     ui.say(
         f"{labels['bought']} labels bought"
-        + (f" for {spent:g}" if priced else "")
+        + _priced(labels["bought"], labels["spent"])
         + f", {labels['to_buy']} to buy"
-        + (f" for {more:g}" if priced else "")
+        + _priced(labels["to_buy"], labels["cost_to_buy"])
         + (f", {labels['over_budget']} over the budget" if labels["over_budget"] else "")
         + (f", {labels['over_quota']} over their quota" if labels["over_quota"] else "")
         + ("." if written else "; nothing was written (--dry-run).")
@@ -203,6 +201,11 @@ def _show(plan: Plan, run: Path, *, written: bool) -> None:
     _show_review(plan, run)
     if written and labels["to_buy"]:
         ui.say(f"next: pivottrace annotate export {run} FILE")
+
+
+def _priced(count: int, cost: float) -> str:
+    """What the labels cost, unless that is their number."""
+    return "" if cost == count else f" for {cost:g}"
 
 
 def _threshold(value: float | None, interval: tuple[float | None, float | None]) -> str:

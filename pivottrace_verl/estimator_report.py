@@ -18,6 +18,7 @@ import numpy as np
 
 from pivottrace_verl.calibration import Floats, Outcome
 from pivottrace_verl.estimator_sentences import sentences
+from pivottrace_verl.estimators import NEED_HIDDEN_STATES
 from pivottrace_verl.evidence import RANDOM, Evidence, gather, none_if_nan, strength
 from pivottrace_verl.fitted import FITTED, explain
 from pivottrace_verl.plan import AUTO, TriageConfig
@@ -36,8 +37,6 @@ from pivottrace_verl.ranking import chosen_out_of_fold, problem, serving
 STATISTICS = ("auroc", "auroc_within_length", "spearman", "aurc")
 CHEAPER = ("length", "entropy", "consistency")
 """What pivots are compared with: none of them needs the attention."""
-HIDDEN_STATES = ("coe", "cot_kinetics")
-"""Estimators that need a second pass over the rollouts."""
 Progress = Callable[[int, int, str], None]
 """Called with (draws done, draws in all, what happened)."""
 
@@ -105,7 +104,7 @@ def cost_per_prompt(manifest: Mapping[str, Any], names: Sequence[str]) -> dict[s
     again = timings.get("score_hidden_states") or None  # 0: there was no second pass.
     out: dict[str, float | None] = {}
     for name in names:
-        needed = [shared, again] if name in HIDDEN_STATES else [shared]
+        needed = [shared, again] if name in NEED_HIDDEN_STATES else [shared]
         known_all = n and None not in needed
         out[name] = 0.0 if name == RANDOM else (sum(needed) / n if known_all else None)
     return out

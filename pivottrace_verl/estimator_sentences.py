@@ -8,12 +8,15 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pivottrace_verl.estimators import NEED_HIDDEN_STATES
 from pivottrace_verl.plan import AUTO
 
 
 def sentences(report: Mapping[str, Any]) -> list[str]:
-    """On chance, the recommendation, the configured estimator and the pivots, in this order."""
-    return [_chance(report), _recommendation(report), *_default(report), _pivots(report)]
+    """On chance, the recommendation, the configured estimator, the pivots and what is not scored,
+    in this order."""
+    told = [_chance(report), _recommendation(report), *_default(report), _pivots(report)]
+    return told + _not_scored(report)
 
 
 def _chance(report: Mapping[str, Any]) -> str:
@@ -81,6 +84,15 @@ def _pivots(report: Mapping[str, Any]) -> str:
         f"Pivots are ahead of what is cheaper, but these probes do not settle it: {name} against "
         f"{_told([c for c in found if c not in won])}."
     )
+
+
+def _not_scored(report: Mapping[str, Any]) -> list[str]:
+    names = [row["estimator"] for row in report["estimators"] if not row["measured"]]
+    if not names:
+        return []
+    hidden = [name for name in names if name in NEED_HIDDEN_STATES]
+    needs = f"; {', '.join(hidden)} would need `pivottrace score --hidden-states`" if hidden else ""
+    return [f"Not scored, so out of the running: {', '.join(names)}{needs}."]
 
 
 def _told(comparisons: Sequence[Mapping[str, Any]]) -> str:

@@ -66,7 +66,7 @@ def gather(scores: Any, probes: Iterable[Outcome]) -> Evidence:
 def estimator_table(scores: Any, probes: Iterable[Outcome]) -> list[dict[str, Any]]:
     """One row an estimator, as the probes see it; numbers that do not exist are None.
 
-    estimator; n (probes with a value; 0: not measured); auroc: of the raw score for "the majority
+    estimator; n (probes with a value; 0: not scored); auroc: of the raw score for "the majority
     answer is wrong" (no majority counts as wrong), below 0.5 where the direction is `lower`;
     auroc_within_length: the same among prompts of one length tercile; spearman with the pass
     rate; p_value: of it by permutation, two-sided (one-sided for fitted ones); p_adjusted: the same

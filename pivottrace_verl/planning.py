@@ -120,7 +120,7 @@ def list_route(run: RunDir, route: str, path: Path) -> int:
     pool = run.pool_table(["prompt", "data_source"]).filter(kept)
     scores = run.scores(rollouts=False).filter(kept)
     counted = ("n_rollouts", "unparseable", "truncated", "timed_out", "majority")
-    for name in (name for name in counted if name in scores.column_names):
+    for name in counted:
         columns = columns.append_column(name, scores[name])
     columns = columns.append_column("data_source", pool["data_source"])
     columns = columns.append_column("prompt", pool["prompt"]).sort_by("rank")

@@ -45,7 +45,7 @@ from pivottrace_verl.fitted import (
 )
 from pivottrace_verl.plan import AUTO, TriageConfig
 from pivottrace_verl.probe_statistics import auroc, known, spearman
-from pivottrace_verl.score_columns import as_table, estimator_values, ids_of, probe_columns
+from pivottrace_verl.score_columns import as_table, estimator_values, hint, ids_of, probe_columns
 
 __all__ = [
     "Ranking",
@@ -90,7 +90,7 @@ class Ranking:
 def rank_pool(scores: Any, probes: Sequence[Outcome], cfg: TriageConfig) -> Ranking:
     """The directed values of the configured estimator, or Uninformative.
 
-    Raises PivotTraceError if the scores do not have the estimator.
+    Raises PivotTraceError if the scores do not have the estimator, or no value of it.
     """
     pool = as_table(scores)
     evidence = gather(pool, probes)
@@ -107,7 +107,7 @@ def uncertainty(
 ) -> dict[str, float]:
     """pt_id -> rank in [0, 1] by one estimator; a fitted one needs the probes' outcomes.
 
-    PivotTraceError if the scores do not have it or the probes cannot give it.
+    PivotTraceError if the scores do not have it, or no value of it, or the probes cannot give it.
     """
     pool = as_table(scores)
     if estimator in FITTED:
@@ -188,7 +188,7 @@ def problem(evidence: Evidence, cfg: TriageConfig, row: dict[str, Any]) -> str |
     """Why the probes do not confirm an estimator, given its row of the table; None if they do."""
     n, rho = len(evidence.probed.pass_rate), _rho(row, cfg)
     if row["n"] == 0:
-        return f"it is not measured: none of the {n} probes has a value"
+        return f"it is not scored: none of the {n} probes has a value{hint(row['estimator'])}"
     if row["spearman"] is None:
         return f"it has the same value on all {row['n']} probes that have one"
     its = f"its Spearman correlation with the pass rate of the {row['n']} probes is {rho:+.3f}"

@@ -102,10 +102,11 @@ class RunFiles:
         return found
 
     def check_score_parts(self) -> None:
-        """PivotTraceError if a finished part lacks a column, or was made from something else."""
+        """PivotTraceError if a finished part lacks a column, or was made from something else: by
+        the files' footers alone, which say both; `merge_scores` reads the rows."""
         made_from = self._made_from()
         for i in sorted(self.finished_parts()):
-            self._read_table(f"scores/part-{i:05d}.parquet", made_from, SCORE_SCHEMA)
+            self._check_table(f"scores/part-{i:05d}.parquet", made_from, SCORE_SCHEMA)
 
     def merge_scores(self) -> None:
         """All parts -> scores.parquet, in the pool's order. PivotTraceError unless every prompt
@@ -242,8 +243,13 @@ class RunFiles:
         schema: pa.Schema,
         columns: list[str] | None = None,
     ) -> pa.Table:
-        """A table of this run, or only `columns` of it; refused before its rows are read if it was
-        made from other things or its columns are not those of `schema`."""
+        """A table of this run, or only `columns` of it, if `_check_table` does not refuse it."""
+        self._check_table(name, made_from, schema)
+        return read_table(self.path / name, columns or schema.names)
+
+    def _check_table(self, name: str, made_from: Mapping[str, str], schema: pa.Schema) -> None:
+        """Refuse a table that was made from other things or whose columns are not those of
+        `schema`, before any of its rows is read."""
         found = read_schema(self.path / name)
         note = _read_note(found)
         for what, now in made_from.items():
@@ -253,7 +259,6 @@ class RunFiles:
                     f"but the run now has {what} {now}: make {name} again."
                 )
         self._check_columns(name, found, schema)
-        return read_table(self.path / name, columns or schema.names)
 
     def _check_columns(self, name: str, found: pa.Schema, wanted: pa.Schema) -> None:
         """Refuse a table of another version, naming the columns that differ."""

@@ -22,6 +22,7 @@ VAL_SCHEMA = POOL_SCHEMA.append(pa.field("label", pa.string()))
 ROLLOUT = pa.struct(
     [
         ("seed", pa.int64()),
+        # Null where unparseable or not read in time: the counts of the prompt tell them apart.
         ("answer", pa.string()),
         ("n_tokens", pa.int64()),
         ("truncated", pa.bool_()),
@@ -45,7 +46,7 @@ SCORE_SCHEMA = pa.schema(
         # Null on a tie for the top or without a parseable answer.
         ("majority", pa.string()),
         ("unparseable", pa.int64()),
-        # Rollouts whose answer could not be compared in time; not among the unparseable.
+        # Rollouts whose answer could not be read or compared in time; not among the unparseable.
         ("timed_out", pa.int64()),
         ("truncated", pa.int64()),
         ("length_mean", pa.float64()),

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from pivottrace_verl.calibration import PREFIX, Floats, Outcome
 from pivottrace_verl.errors import PivotTraceError
+from pivottrace_verl.estimators import NEED_HIDDEN_STATES
 
 FEATURES = "features/"
 """Columns of the scores that hold a feature of the attention begin so."""
@@ -56,13 +57,26 @@ def numbers(table: pa.Table, name: str) -> Floats:
 
 
 def estimator_values(table: pa.Table, estimator: str) -> Floats:
-    """[P] raw values. PivotTraceError if the scores do not have the estimator."""
+    """[P] raw values. PivotTraceError if the scores do not have the estimator, or no value of it:
+    ranks would be those of the ids."""
     names = estimators_in(table)
     if estimator not in names:
         raise PivotTraceError(
             f"The scores have no estimator '{estimator}', only {', '.join(names) or 'none'}."
         )
-    return numbers(table, PREFIX + estimator)
+    values = numbers(table, PREFIX + estimator)
+    if len(values) and np.isnan(values).all():
+        raise PivotTraceError(
+            f"The estimator '{estimator}' is not scored: none of the {len(values)} prompts has a "
+            f"value{hint(estimator)}."
+        )
+    return values
+
+
+def hint(estimator: str) -> str:
+    """What an estimator without any value needs, to end a sentence with."""
+    needs = estimator in NEED_HIDDEN_STATES
+    return ", since it needs the pool scored with --hidden-states" if needs else ""
 
 
 @dataclass(frozen=True)

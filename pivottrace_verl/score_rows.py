@@ -1,7 +1,9 @@
 """One row of the scores from the rollouts of one prompt.
 
-Contract: a row depends on its prompt's rollouts, the answers kind and the frozen thresholds alone;
-no label is read. `traces/part-00000.*` holds the raw traces of a few prompts for the report.
+Contract: a row depends on its prompt's rollouts, their answers, the answers kind and the frozen
+thresholds alone; no label is read. Answers come as `answers.extract_many` reads them, a whole part
+at once: a text that could not be read in time counts as timed out, not as unparseable.
+`traces/part-00000.*` holds the raw traces of a few prompts for the report.
 Axes: G rollouts of a prompt, T tokens, L layers of the model, D hidden size.
 """
 
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import save
 
-from pivottrace_verl.answers import AnswerKind, cluster, majority
+from pivottrace_verl.answers import Answer, AnswerKind, cluster, majority
 from pivottrace_verl.estimators import ESTIMATORS, GroupRecord, RolloutRecord
 from pivottrace_verl.files import write_bytes_atomic, write_json_atomic
 from pivottrace_verl.generation import Rollout
@@ -32,14 +34,15 @@ def rollout_seed(seed: int, pt_id: str, rollout: int) -> int:
 def make_row(
     prompt: Prompt,
     rollouts: Sequence[Rollout],
+    answers: Sequence[Answer],
     states: Sequence[np.ndarray | None],
     *,
     kind: AnswerKind,
     thresholds: Thresholds,
     seed: int,
 ) -> dict[str, Any]:
-    """Columns of `SCORE_SCHEMA` from G rollouts and their hidden states [L + 1, D], or None."""
-    answers = [kind.extract(rollout.text) for rollout in rollouts]
+    """Columns of `SCORE_SCHEMA` from G rollouts, their answers and their hidden states [L + 1, D],
+    or None."""
     clusters = cluster(answers, kind)
     records = [
         _record(rollout, answer, layers, thresholds)
@@ -66,19 +69,23 @@ def make_row(
 
 
 def _record(
-    rollout: Rollout, answer: str | None, states: np.ndarray | None, thresholds: Thresholds
+    rollout: Rollout, answer: Answer, states: np.ndarray | None, thresholds: Thresholds
 ) -> RolloutRecord:
     trace = rollout.trace
     return RolloutRecord(
         n_tokens=len(rollout.token_ids),
         logprob_mean=rollout.logprob_mean,
-        answer=answer,
+        answer=_text(answer),
         truncated=rollout.truncated,
         trace=None
         if trace is None
         else read_trace(trace.stats, trace.token_entropy, trace.self_certainty, thresholds),
         layer_states=states,
     )
+
+
+def _text(answer: Answer) -> str | None:
+    return answer if isinstance(answer, str) else None
 
 
 def _rollout_row(rollout: RolloutRecord) -> dict[str, Any]:
@@ -102,15 +109,16 @@ def write_traces(
     folder: Path,
     prompts: Sequence[Prompt],
     groups: Sequence[Sequence[Rollout]],
+    answers: Sequence[Sequence[Answer]],
     *,
     tokenizer: Any,
-    kind: AnswerKind,
     seed: int,
 ) -> None:
-    """Raw traces of each prompt's first two rollouts, with their tokens, for the report."""
+    """Raw traces of each prompt's first two rollouts, with their tokens and their answers, for the
+    report."""
     tensors: dict[str, np.ndarray] = {}
     texts: dict[str, dict[str, Any]] = {}
-    for prompt, group in zip(prompts, groups, strict=True):
+    for prompt, group, read in zip(prompts, groups, answers, strict=True):
         for g, rollout in enumerate(group[:2]):
             if rollout.trace is None:
                 continue
@@ -120,7 +128,7 @@ def write_traces(
             texts[name] = {
                 "tokens": [tokenizer.decode([token]) for token in rollout.token_ids],
                 "seed": rollout_seed(seed, prompt.pt_id, g),
-                "answer": kind.extract(rollout.text),
+                "answer": _text(read[g]),
             }
     write_bytes_atomic(folder / "part-00000.safetensors", save(tensors))
     write_json_atomic(folder / "part-00000.json", texts)

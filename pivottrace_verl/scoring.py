@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pivottrace_verl.answers import get_answers
+from pivottrace_verl.answers import extract_many, get_answers
 from pivottrace_verl.attention.config import CaptureConfig
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.generation import Engine, Request, Rollout
@@ -169,20 +169,22 @@ def _score_part(
         run.update_manifest(**thresholds.to_manifest())
     else:
         thresholds = Thresholds.from_manifest(run.manifest)
+    answers = extract_many(kind, [rollout.text for rollout in rollouts])
     places = [slice(i, i + config.rollouts) for i in range(0, len(rollouts), config.rollouts)]
     if number == 0 and config.keep_traces:
         write_traces(
             run.path / "traces",
             prompts[: config.keep_traces],
             [rollouts[place] for place in places[: config.keep_traces]],
+            [answers[place] for place in places[: config.keep_traces]],
             tokenizer=engine.tokenizer,
-            kind=kind,
             seed=config.seed,
         )
     rows = [
         make_row(
             prompt,
             rollouts[place],
+            answers[place],
             states[place],
             kind=kind,
             thresholds=thresholds,

@@ -66,9 +66,11 @@ __all__ = [
     "choose_probes",
     "default_probes",
     "estimator_table",
+    "judged",
     "outcomes",
     "rank01",
     "sound",
+    "too_few",
     "triage",
     "uncertainty",
 ]
@@ -82,6 +84,24 @@ Codes = NDArray[np.int8]
 def sound(scores: Any, cfg: TriageConfig) -> NDArray[np.bool_]:
     """[P] whether a prompt's rollouts can be judged: False for those set apart as `review`."""
     return _broken(table_of(scores), cfg) < 0
+
+
+def judged(scores: Any, probes: Sequence[Outcome], cfg: TriageConfig) -> list[Outcome]:
+    """The probes that calibration looks at: those not set apart as `review`."""
+    table = table_of(scores)
+    ids = pa.array([probe.pt_id for probe in probes], pa.string())
+    table = table.filter(pc.is_in(table["pt_id"], value_set=ids))
+    kept = set(table["pt_id"].filter(pa.array(sound(table, cfg))).to_pylist())
+    return [probe for probe in probes if probe.pt_id in kept]
+
+
+def too_few(n: int, set_apart: int) -> PivotTraceError:
+    """That `n` probes beside those set apart are fewer than `FEWEST_PROBES`."""
+    return PivotTraceError(
+        f"Only {n} probes are labelled"
+        + (f" beside {set_apart} whose rollouts are broken" if set_apart else "")
+        + f", but at least {FEWEST_PROBES} are needed to calibrate a ranking."
+    )
 
 
 def triage(
@@ -111,18 +131,14 @@ def triage(
     is_broken = reason >= 0
     at = pc.index_in(pa.array([probe.pt_id for probe in probes], pa.string()), value_set=ids)
     place = np.asarray(at.fill_null(-1), dtype=np.intp)
-    judged = [i for i, where in enumerate(place.tolist()) if where >= 0 and not is_broken[where]]
-    set_apart = len(probes) - len(judged)
-    if len(judged) < FEWEST_PROBES:
-        raise PivotTraceError(
-            f"Only {len(judged)} probes are labelled"
-            + (f" beside {set_apart} whose rollouts are broken" if set_apart else "")
-            + f", but at least {FEWEST_PROBES} are needed to calibrate a ranking."
-        )
-    ranking = rank_pool(table, [probes[i] for i in judged], cfg)
+    kept = [i for i, where in enumerate(place.tolist()) if where >= 0 and not is_broken[where]]
+    set_apart = len(probes) - len(kept)
+    if len(kept) < FEWEST_PROBES:
+        raise too_few(len(kept), set_apart)
+    ranking = rank_pool(table, [probes[i] for i in kept], cfg)
     known = ~np.isnan(ranking.values)
     u = rank01(ranking.values, ids)
-    curve = _curve([(u[place[i]], probes[i]) for i in judged if known[place[i]]], cfg)
+    curve = _curve([(u[place[i]], probes[i]) for i in kept if known[place[i]]], cfg)
 
     owned = np.asarray(pc.is_in(ids, value_set=pa.array(list(labelled), pa.string())))
     reason = np.where(is_broken, reason, _reasons(u, known, owned, curve))
@@ -170,8 +186,6 @@ def _broken(table: pa.Table, cfg: TriageConfig) -> Codes:
     n: Floats = np.maximum(np.asarray(table["n_rollouts"], dtype=np.float64), 1)
 
     def share(name: str) -> Floats:
-        if name not in table.schema.names:
-            return np.zeros(len(n))
         count: Floats = np.asarray(table[name], dtype=np.float64)
         return count / n
 

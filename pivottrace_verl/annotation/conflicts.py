@@ -1,10 +1,12 @@
 """Conflicts that are still open: RUN/conflicts.json, for whoever has to settle them.
 
-Contract: one record a prompt and file it came from: pt_id, said ([[annotator, label]]), ledger
-(the label that stands, None if the prompt has none), source_file. An import replaces the records
-of its own file. Only the annotation room reads it: what stands in it was not bought.
+Contract: one record a prompt and file it came from: pt_id, said ([[annotator, label]]), costs (of
+each of them), ledger (the label that stands, None if the prompt has none), source_file. An import
+replaces the records of its own file, and counts what other files said of prompts without a label.
+Only the annotation room reads it: what stands in it was not bought.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,12 +23,25 @@ def read_all(run: RunDir) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     records = read_json(path)
-    keys = {"pt_id", "said", "ledger", "source_file"}
-    if not isinstance(records, list) or not all(
-        isinstance(record, dict) and keys <= set(record) for record in records
-    ):
+    if not isinstance(records, list) or not all(map(_is_conflict, records)):
         raise PivotTraceError(f"{path} is not a list of conflicts; remove it and import again.")
     return records
+
+
+def _is_conflict(record: Any) -> bool:
+    if not isinstance(record, dict) or {"pt_id", "said", "costs", "ledger", "source_file"} - set(
+        record
+    ):
+        return False
+    said, costs = record["said"], record["costs"]
+    return (
+        isinstance(record["pt_id"], str)
+        and isinstance(said, list)
+        and all(isinstance(pair, list) and list(map(type, pair)) == [str, str] for pair in said)
+        and isinstance(costs, list)
+        and len(costs) == len(said)
+        and all(type(cost) in (int, float) and 0 <= cost < math.inf for cost in costs)
+    )
 
 
 def still_open(run: RunDir) -> list[dict[str, Any]]:

@@ -6,10 +6,14 @@ writes the bad ones to FILE.rejected.jsonl. Importing a file again changes nothi
 ledger stands: a different one is a conflict, reported and not added.
 
 Several annotators of a prompt become one label by a rule (`agreement.resolve`); where it gives
-none, the prompt stays open and is listed. The cost of a label is the sum over its annotations:
-three people who settle one prompt are paid three times. Annotations of a prompt that has a label
-already, or gets none, are not booked: the ledger counts labels, and the import that settles the
-prompt books all of them.
+none, the prompt stays open and is listed. What earlier files said of an open prompt counts with
+what this one says, as if it were one file; of one annotator the last word counts. Where the prompt
+has a label, that stands, whatever the rule would say of all of them now; who gave it is listed
+beside who differs, and counts for the agreement.
+
+The cost of a label is the sum over its annotations: three people who settle one prompt are paid
+three times. Annotations of a prompt that has a label already, or gets none, are not booked: the
+ledger counts labels, and the import that settles the prompt books all of them.
 
 Labels beyond the plan's budget are taken and told: they exist and are paid for, throwing them away
 saves nothing, and triage counts them against what is left of the budget.
@@ -17,24 +21,22 @@ saves nothing, and triage counts them against what is left of the budget.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from pivottrace_verl.annotation import conflicts
-from pivottrace_verl.annotation.agreement import agreement, check_rule, classes, resolve
+from pivottrace_verl.annotation.agreement import agreement, check_rule
 from pivottrace_verl.annotation.checks import check_labels, to_check
 from pivottrace_verl.annotation.formats import format_of, read_annotations
 from pivottrace_verl.annotation.formats.rows import Annotation, Fault
-from pivottrace_verl.annotation.results import Check, Dispute, ImportResult
-from pivottrace_verl.answers import AnswerKind, get_answers
+from pivottrace_verl.annotation.results import Check, ImportResult
+from pivottrace_verl.annotation.settling import Outcome, bill, by_prompt, said_before
+from pivottrace_verl.answers import get_answers
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.files import remove_leftovers, write_bytes_atomic
 from pivottrace_verl.ledger import PURPOSES, Ledger
 from pivottrace_verl.pool import RunDir
-
-Said = dict[str, Annotation]
-"""Annotator -> what they said of one prompt, in the file's order."""
 
 
 def import_labels(
@@ -80,7 +82,7 @@ def import_labels(
     new = (row.label for row in labelled if bought.get(row.pt_id) != row.label)
     unreadable, checked = _checked(kind_name, [x for x in new if x is not None], check, seed, say)
     good = [row for row in labelled if row.label is not None and row.label not in unreadable]
-    prompts, repeated, contradicting = _by_prompt(good, annotator, kind)
+    prompts, repeated, contradicting = by_prompt(good, annotator, cost, kind)
 
     faults = {
         "rows are malformed": malformed or [],
@@ -105,14 +107,17 @@ def import_labels(
     plan = run.stage_fingerprint("plan") if (run.path / "plan.parquet").exists() else None
     probes = set(run.probes()["pt_ids"]) if (run.path / "probes.json").exists() else set()
     now = ledger.round_of(plan)
-    outcome = _Outcome()
+    before = said_before(ledger, kept, str(path))
+    outcome = Outcome()
     entries = []
     for pt_id, said in prompts.items():
-        label = outcome.settle(pt_id, said, bought.get(pt_id), kind, rule)
+        earlier = before.get(pt_id, {})
+        label = outcome.settle(pt_id, said, earlier, bought.get(pt_id), kind, rule)
         if label is not None:
             aim = purpose or ("probe" if pt_id in probes else "annotate")
             where = {"source_file": str(path), "purpose": aim, "round": now, "plan": plan}
-            entries.append({"pt_id": pt_id, "label": label, **_bill(said, cost), **where})
+            paid = bill({**earlier, **said})
+            entries.append({"pt_id": pt_id, "label": label, **paid, **where})
     ledger.append(entries)
     conflicts.replace(run, kept, str(path), outcome.open)
     return ImportResult(
@@ -153,80 +158,6 @@ def _checked(
     good = check_labels(kind_name, asked)
     unreadable = {label for label, fine in zip(asked, good, strict=True) if not fine}
     return unreadable, Check(mode, len(distinct), len(asked), len(unreadable))
-
-
-def _by_prompt(
-    rows: Iterable[Annotation], annotator: str, kind: AnswerKind
-) -> tuple[dict[str, Said], int, list[Fault]]:
-    """What each annotator said of each prompt, the number of repetitions, the contradictions."""
-    prompts: dict[str, Said] = {}
-    repeated, contradicting = 0, []
-    for row in rows:
-        said = prompts.setdefault(row.pt_id, {})
-        first = said.setdefault(row.annotator or annotator, row)
-        if first is row:
-            continue
-        if _same(str(first.label), str(row.label), kind):
-            repeated += 1
-        else:
-            reason = f"{row.label!r} after {first.label!r} of the same annotator"
-            contradicting.append(Fault(row.where, reason, row.raw))
-    return prompts, repeated, contradicting
-
-
-def _same(a: str, b: str, kind: AnswerKind) -> bool:
-    return a == b or kind.equal(a, b)
-
-
-class _Outcome:
-    """Running totals over the prompts of one import."""
-
-    def __init__(self) -> None:
-        self.already = 0
-        self.conflicts: list[tuple[str, str, str]] = []
-        self.disputes: list[Dispute] = []
-        self.answers: list[list[str]] = []
-        """Classes of answers of each prompt, for the agreement."""
-        self.open: list[dict[str, Any]] = []
-        """Records for conflicts.json."""
-
-    def settle(
-        self, pt_id: str, said: Said, stands: str | None, kind: AnswerKind, rule: str
-    ) -> str | None:
-        """The label to buy, None if there is none to buy; `stands` is the ledger's."""
-        labels = [str(row.label) for row in said.values()]
-        answers = classes(labels, kind)
-        label = resolve(labels, answers, rule)
-        self.answers.append(answers)
-        if len(set(answers)) > 1:
-            pairs = list(zip(said, labels, strict=True))
-            self.disputes.append(Dispute(pt_id, pairs, label if stands is None else stands))
-        if label is not None and stands is None:
-            return label
-        if label is not None and stands is not None and _same(label, stands, kind):
-            self.already += 1
-        elif label is not None and stands is not None:
-            self.conflicts.append((pt_id, stands, label))
-            self._keep_open(pt_id, said, stands)
-        elif stands is None:
-            self._keep_open(pt_id, said, None)
-        return None
-
-    def _keep_open(self, pt_id: str, said: Said, stands: str | None) -> None:
-        pairs = [[who, row.label] for who, row in said.items()]
-        self.open.append({"pt_id": pt_id, "said": pairs, "ledger": stands})
-
-
-def _bill(said: Said, default: float) -> dict[str, Any]:
-    """Who is paid what for one label."""
-    costs = [default if row.cost is None else row.cost for row in said.values()]
-    bill: dict[str, Any] = {"annotator": ", ".join(said), "cost": float(sum(costs))}
-    if len(said) > 1:
-        bill["annotations"] = [
-            {"annotator": who, "label": row.label, "cost": float(cost)}
-            for (who, row), cost in zip(said.items(), costs, strict=True)
-        ]
-    return bill
 
 
 def _shown(row: Annotation) -> Any:

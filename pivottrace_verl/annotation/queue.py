@@ -55,7 +55,7 @@ def queue_rows(run: RunDir, pt_ids: Sequence[str]) -> tuple[list[dict[str, Any]]
     planned: dict[str, dict[str, Any]] = {}
     majority: dict[str, str | None] = {}
     if (run.path / "scores.parquet").exists():
-        scores = _rows_of(run.scores(), pt_ids, ("pt_id", "majority"))
+        scores = _rows_of(run.scores(rollouts=False), pt_ids, ("pt_id", "majority"))
         majority = {row["pt_id"]: row["majority"] for row in scores}
         if (run.path / "plan.parquet").exists():
             plan = _rows_of(run.plan(), pt_ids, ("pt_id", "uncertainty", "cost"))

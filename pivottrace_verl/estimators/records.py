@@ -39,7 +39,7 @@ class RolloutRecord:
     logprob_mean: float | None
     """Mean log-probability of the sampled tokens."""
     answer: str | None
-    """None if unparseable."""
+    """None if unparseable or timed out; the group's clusters tell which."""
     truncated: bool
     trace: TraceRecord | None = None
     """None if the rollout was not traced."""

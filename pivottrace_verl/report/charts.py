@@ -40,7 +40,8 @@ def calibration(
 
     `probes` have u, pass_rate, majority_right, pt_id; `curve` is a `calibration.Curve` as a dict,
     None if there are too few probes for one; `config` names the levels `mastered` and `trusted`.
-    The routes are shaded only if triage went through (`shaded`).
+    Each sliding mean has the band of its bootstrap interval. The routes are shaded only if triage
+    went through (`shaded`).
     """
     if not probes:
         return Chart("", note="No probe has a label yet, so there is no curve.")
@@ -70,6 +71,10 @@ def calibration(
             inward = value < 0.12 if name == "u_low" else value <= 0.88
             anchor = "start" if inward else "end"
             plot.label(plot.px(value), 14, f"{name} = {value:.3f}", "strong", anchor)
+    if curve:
+        for key, cls in (("p", "curve-p"), ("m", "curve-m")):
+            us, low = _along(curve, f"{key}_low")
+            plot.area(us, low, _along(curve, f"{key}_high")[1], f"interval {cls}")
     for probe in probes:
         right = probe["majority_right"]
         plot.point(
@@ -85,20 +90,31 @@ def calibration(
         ("glyph bad", "probe, majority answer wrong or none"),
     ]
     if curve:
-        # A single window is a point, which a line cannot show: it is drawn over all u.
-        us = curve["u"] if len(curve["u"]) > 1 else [0.0, 1.0]
         for key, cls, text in (
             ("p", "curve-p", "p(u): pass rate, sliding mean"),
             ("m", "curve-m dashed", "m(u): majority right, sliding mean"),
             ("p_monotone", "curve-p thin", ""),
             ("m_monotone", "curve-m thin", "thin: the monotone fits, which set the thresholds"),
         ):
-            values = curve[key] if len(curve["u"]) > 1 else curve[key] * 2
-            plot.line(us, values, cls)
+            plot.line(*_along(curve, key), cls)
             if text:
                 legend.append((f"stroke {cls}", text))
+        legend.append(
+            (
+                "swatch interval curve-p",
+                f"bands: {curve['level']:.0%} intervals of the sliding means, {curve['draws']} "
+                "bootstrap draws",
+            )
+        )
     note = "" if curve else "Too few probes are labelled for a curve; the points are shown."
     return Chart("", plot.markup(), legend, note)
+
+
+def _along(curve: Mapping[str, Any], key: str) -> tuple[list[float], list[float]]:
+    """(u, values) of a line of the curve. A single window is a point, which a line cannot show: it
+    is drawn over all u."""
+    us, values = curve["u"], curve[key]
+    return (us, values) if len(us) > 1 else ([0.0, 1.0], values * 2)
 
 
 def _shade_routes(plot: Plot, u_low: float | None, u_high: float | None) -> None:

@@ -47,7 +47,7 @@ def picture(report: Mapping[str, Any]) -> bytes:
         weight = "strong" if row["estimator"] == best else "tick"
         canvas.label(_NAMES - 12, y, row["estimator"] + arrow, weight, "end")
         if not row["measured"]:
-            canvas.label(_NAMES + 6, y, "not measured", "tick")
+            canvas.label(_NAMES + 6, y, "not scored", "tick")
     for i, (statistic, title) in enumerate(PANELS.items()):
         panel = _panel(report, statistic, title, height)
         panel.root.set("x", str(_NAMES + i * _PANEL))

@@ -198,7 +198,8 @@ def _examples(
     if detector is None or detector.tau is None or not traced:
         return [], len(index)
     prompts = {prompt.pt_id: prompt for prompt in run.pool()}
-    scores = {row["pt_id"]: row for row in run.scores().to_pylist() if row["pt_id"] in traced}
+    rows = run.scores(rollouts=False).select(["pt_id", "majority", "n_rollouts"]).to_pylist()
+    scores = {row["pt_id"]: row for row in rows if row["pt_id"] in traced}
     plan = run.plan().to_pylist() if view["triaged"] else []
     routes = {row["pt_id"]: row["route"] for row in plan}
     labels = run.ledger().labels()

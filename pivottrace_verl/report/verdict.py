@@ -11,13 +11,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from typing import Any
 
-import pyarrow as pa
-
 from pivottrace_verl.calibration import Outcome, calibrate, outcomes
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.pool import RunDir
 from pivottrace_verl.ranking import Uninformative, estimator_table, uncertainty
-from pivottrace_verl.triage import TriageConfig, sound, triage
+from pivottrace_verl.triage import TriageConfig, judged, triage
 
 FEWEST = 8
 """Labelled probes below which no curve is drawn."""
@@ -91,8 +89,7 @@ def _judged(scores: Any, found: Sequence[Outcome], config: Mapping[str, Any]) ->
     """The probes that calibration looks at: without those set apart for review."""
     names = ("max_unanswered", "max_truncated")
     limits = TriageConfig(**{name: config[name] for name in names if name in config})
-    broken = set(scores["pt_id"].filter(pa.array(~sound(scores, limits))).to_pylist())
-    return [outcome for outcome in found if outcome.pt_id not in broken]
+    return judged(scores, found, limits)
 
 
 def _so_far(
@@ -113,7 +110,8 @@ def _so_far(
             out |= {"estimator": plan.estimator, "curve": asdict(plan.curve)}
     except Uninformative as refusal:
         out |= {"refused": str(refusal), "best": refusal.best}
-    if out["estimator"] not in rows:  # `auto`, and triage did not choose: the table's first.
+    # `auto`, and triage did not choose, or not scored: the table's first.
+    if not rows.get(out["estimator"], {"n": 0})["n"]:
         out["estimator"] = out["table"][0]["estimator"]
     row = rows[out["estimator"]]
     direction = config.direction if config.direction != "auto" else row["direction"] or "higher"
@@ -142,7 +140,7 @@ def ranking(run: RunDir, view: Mapping[str, Any]) -> dict[str, float]:
         return {}
     estimator, direction = view["estimator"] or "pivot_count", view["direction"] or "higher"
     probes = [Outcome(p["pt_id"], p["pass_rate"], p["majority_right"]) for p in view["probes"]]
-    return uncertainty(run.scores(), estimator, direction, probes)
+    return uncertainty(run.scores(rollouts=False), estimator, direction, probes)
 
 
 def zone(u: float, curve: Mapping[str, Any] | None) -> str:

@@ -85,9 +85,17 @@ def _struct(fields: dict[str, pa.Array]) -> pa.Array:
     return pa.StructArray.from_arrays(whole, list(fields))
 
 
-def write_training_files(run: RunDir) -> tuple[int, int]:
-    """Write RUN/train/{train,val}.parquet; returns the numbers of rows."""
+def write_training_files(run: RunDir, batch_size: int = 1) -> tuple[int, int]:
+    """Write RUN/train/{train,val}.parquet; returns the numbers of rows.
+
+    Raises PivotTraceError, with nothing written, if the training rows do not fill one batch.
+    """
     train, val = train_table(run), val_table(run)
+    if train.num_rows < batch_size:
+        raise PivotTraceError(
+            f"Only {train.num_rows} prompts are left to train on, fewer than one batch of "
+            f"{batch_size}: lower --batch-size or triage again with other thresholds."
+        )
     write_table_atomic(run.path / "train" / "train.parquet", train)
     write_table_atomic(run.path / "train" / "val.parquet", val)
     return train.num_rows, val.num_rows

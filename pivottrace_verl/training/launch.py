@@ -25,7 +25,7 @@ from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.files import read_object, write_bytes_atomic, write_json_atomic
 from pivottrace_verl.plugin import cpu_platform_requested
 from pivottrace_verl.pool import RunDir
-from pivottrace_verl.training.data import train_table, write_training_files
+from pivottrace_verl.training.data import write_training_files
 
 DIE_WITH_PARENT = "PIVOTTRACE_DIE_WITH_PARENT"
 """Set for the job: a killed command must not leave a verl job behind that nobody watches."""
@@ -147,13 +147,7 @@ def train(
     if done.exists():
         return read_object(done)
     run.model_path()
-    left = train_table(run).num_rows
-    if left < config.batch_size:
-        raise PivotTraceError(
-            f"Only {left} prompts are left to train on, fewer than one batch of "
-            f"{config.batch_size}: lower --batch-size or triage again with other thresholds."
-        )
-    rows = write_training_files(run)
+    rows = write_training_files(run, config.batch_size)
     write_json_atomic(started, asked)
     attempt = len(list(folder.glob("metrics-*.jsonl")))
     attempt_file = folder.resolve() / f"metrics-{attempt:03d}.jsonl"

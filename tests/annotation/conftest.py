@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 
-from pivottrace_verl.estimators import ESTIMATORS
 from pivottrace_verl.pool import RunDir
-from pivottrace_verl.traces import FEATURE_NAMES
+from tests.score_table import score_row
 
 
 @pytest.fixture
@@ -32,7 +31,9 @@ def make_run(tmp_path: Path) -> Callable[..., RunDir]:
         (model / "model.safetensors").write_bytes(bytes(1000))
         run = RunDir.create(tmp_path / name, pool, model, answers_kind=kind)
         if plan:
-            run.write_score_part(0, [score_row(i, str(k)) for k, i in enumerate(ids_of(run))])
+            run.write_score_part(
+                0, [score_row(i, [(str(k), 4)]) for k, i in enumerate(ids_of(run))]
+            )
             run.merge_scores()
             write_plan(run, ids_of(run))
         return run
@@ -42,23 +43,6 @@ def make_run(tmp_path: Path) -> Callable[..., RunDir]:
 
 def ids_of(run: RunDir) -> list[str]:
     return [prompt.pt_id for prompt in run.pool()]
-
-
-def score_row(pt_id: str, majority: str | None) -> dict[str, Any]:
-    return {
-        "pt_id": pt_id,
-        "n_rollouts": 4,
-        "answers": [{"answer": majority or "x", "count": 4}],
-        "majority": majority,
-        "unparseable": 0,
-        "timed_out": 0,
-        "truncated": 0,
-        "length_mean": 10.0,
-        "logprob_mean": -0.5,
-        "rollouts": [],
-        **{f"uncertainty/{name}": 0.5 for name in ESTIMATORS},
-        **{f"features/{name}": 0.5 for name in FEATURE_NAMES},
-    }
 
 
 def write_plan(

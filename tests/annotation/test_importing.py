@@ -115,11 +115,65 @@ def test_a_ledger_label_stands_and_the_conflict_is_kept_for_whoever_settles_it(m
     assert (kept["ledger"], kept["said"]) == ("1", [["bo", "2"], ["cy", "2"]])
 
 
+def test_annotators_in_files_of_their_own_count_as_in_one_file(make_run, tmp_path):
+    rows = [("ana", "5"), ("bo", "4"), ("dee", "6"), ("cy", "4")]
+    together, apart = make_run(1, name="together"), make_run(1, name="apart")
+    (a,) = ids_of(together)
+    import_labels(together, said(tmp_path / "q.csv", *((a, *row) for row in rows)), "nobody")
+    files = {"1.csv": (rows[:2], 2.0), "2.csv": (rows[2:3], 3.0), "3.csv": (rows[3:], 1.0)}
+    for name, (some, cost) in files.items():
+        path = said(tmp_path / name, *((a, *row) for row in some))
+        result = import_labels(apart, path, "nobody", cost=cost)
+        (dispute,) = result.disputes
+        assert dispute.resolved == (None if name != "3.csv" else "4")
+    assert dispute.said == rows
+    assert apart.ledger().labels() == together.ledger().labels() == {a: "4"}
+    (entry,) = apart.ledger().entries()
+    assert (entry["annotator"], entry["cost"]) == ("ana, bo, dee, cy", 8.0)
+    assert [part["cost"] for part in entry["annotations"]] == [2.0, 2.0, 3.0, 1.0]
+    assert status(apart)["conflicts"] == []
+    kept = (apart.path / "conflicts.json").read_bytes()
+    for name in files:
+        again = import_labels(apart, tmp_path / name, "nobody")
+        assert (again.added, again.conflicts) == (0, [])
+    assert status(apart)["conflicts"] == []
+    assert set(json.loads(kept)[0]) == {"pt_id", "said", "costs", "ledger", "source_file"}
+
+
+def test_of_one_annotator_the_last_word_on_an_open_prompt_counts(make_run, tmp_path):
+    run = make_run(1)
+    (a,) = ids_of(run)
+    import_labels(run, said(tmp_path / "1.csv", (a, "ana", "5"), (a, "bo", "4")), "nobody")
+    result = import_labels(run, said(tmp_path / "2.csv", (a, "ana", "4")), "nobody")
+    assert (result.added, result.disputes) == (1, [])
+    assert run.ledger().labels() == {a: "4"}
+
+
+def test_who_differs_from_a_bought_label_is_listed_beside_who_gave_it(make_run, tmp_path):
+    run = make_run(2)
+    a, b = ids_of(run)
+    import_labels(run, write_csv(tmp_path / "ana.csv", [(a, "1"), (b, "7")]), "ana")
+    result = import_labels(run, write_csv(tmp_path / "bo.csv", [(a, "2"), (b, "7")]), "bo")
+    (dispute,) = result.disputes
+    assert (dispute.said, dispute.resolved) == ([("ana", "1"), ("bo", "2")], "1")
+    assert (result.agreement.prompts, result.agreement.agreement) == (2, 0.5)
+    assert run.ledger().labels() == {a: "1", b: "7"}
+    again = import_labels(run, tmp_path / "ana.csv", "ana")
+    assert (again.already, again.disputes) == (2, [])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"said": [["ana"]]}, {"said": "ana"}, {"costs": []}, {"costs": [-1]}, {"costs": [True]},
+     {"pt_id": 1}],
+)  # fmt: skip
 def test_a_broken_file_of_conflicts_stops_an_import_before_the_ledger_is_touched(
-    make_run, tmp_path
+    make_run, tmp_path, changed
 ):
     run = make_run(1)
-    (run.path / "conflicts.json").write_text('[{"pt_id": "a"}]')
+    good = {"said": [["ana", "1"]], "costs": [1.0], "ledger": None, "source_file": "f"}
+    broken = [{"pt_id": ids_of(run)[0], **good, **changed}]
+    (run.path / "conflicts.json").write_text(json.dumps(broken))
     with pytest.raises(PivotTraceError, match="not a list of conflicts"):
         import_labels(run, said(tmp_path / "q.csv", (ids_of(run)[0], "ana", "1")), "nobody")
     assert not run.ledger().path.exists()

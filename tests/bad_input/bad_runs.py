@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from bad_labels import a_file
 from bad_pools import PICKLE, not_text
-from bad_world import CHAT, Case, good, ids, jsonl, score_row
+from bad_world import CHAT, Case, good, ids, jsonl, scored
 from safetensors.numpy import save
 
 from pivottrace_verl.pivots import FEATURES
@@ -58,7 +58,7 @@ def set_column(name: str, values: pa.Array) -> Callable[[pa.Table], pa.Table]:
 def scores_again(w: Path) -> None:
     """The same prompts, scored anew with other outcomes."""
     run = RunDir.open(w / "run")
-    rows = [score_row(prompt.pt_id, 39 - i) for i, prompt in enumerate(run.pool())]
+    rows = [scored(prompt.pt_id, 39 - i) for i, prompt in enumerate(run.pool())]
     for part, start in enumerate(range(0, 40, 16)):
         run.write_score_part(part, rows[start : start + 16])
     run.merge_scores()
@@ -66,18 +66,18 @@ def scores_again(w: Path) -> None:
 
 def foreign_part(w: Path) -> None:
     run = RunDir.open(w / "run")
-    run.write_score_part(3, [score_row("0123456789abcdef", 3)])
+    run.write_score_part(3, [scored("0123456789abcdef", 3)])
 
 
 def repeated_part(w: Path) -> None:
     run = RunDir.open(w / "run")
-    run.write_score_part(3, [score_row(run.pool()[0].pt_id, 3)])
+    run.write_score_part(3, [scored(run.pool()[0].pt_id, 3)])
 
 
 def part_of_another_run(w: Path) -> None:
     other = jsonl(w / "other.jsonl", [{"prompt": CHAT}])
     made = RunDir.create(w / "other", other, w / "model")
-    made.write_score_part(0, [score_row(made.pool()[0].pt_id, 0)])
+    made.write_score_part(0, [scored(made.pool()[0].pt_id, 0)])
     part = (w / "other" / "scores" / "part-00000.parquet").read_bytes()
     (w / "run" / "scores" / "part-00001.parquet").write_bytes(part)
 

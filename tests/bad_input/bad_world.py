@@ -23,11 +23,10 @@ from unittest.mock import patch
 
 from pivottrace_verl.attention.config import CaptureConfig
 from pivottrace_verl.cli import main
-from pivottrace_verl.estimators import ESTIMATORS
 from pivottrace_verl.pivots import DetectorConfig
 from pivottrace_verl.pool import RunDir
 from pivottrace_verl.scoring import ScoreConfig
-from pivottrace_verl.traces import FEATURE_NAMES
+from tests.score_table import score_row
 
 N = 40
 CHAT = [{"role": "user", "content": "1 + 1?"}]
@@ -151,30 +150,15 @@ def write_scores(w: Path) -> None:
         "detector": {name: value for name, value in detector.items() if name != "tau"},
     }
     run.update_manifest(settings={"score": json.loads(json.dumps(settings))}, detector=detector)
-    rows = [score_row(prompt.pt_id, i) for i, prompt in enumerate(run.pool())]
+    rows = [scored(prompt.pt_id, i) for i, prompt in enumerate(run.pool())]
     for part, start in enumerate(range(0, N, 16)):
         run.write_score_part(part, rows[start : start + 16])
     run.merge_scores()
 
 
-def score_row(pt_id: str, i: int) -> dict[str, Any]:
+def scored(pt_id: str, i: int) -> dict[str, Any]:
     right = round(8 * (1 - i / N))
-    answers = [{"answer": a, "count": n} for a, n in ((str(2 * i), right), ("-1", 8 - right)) if n]
-    answers.sort(key=lambda cluster: -int(cluster["count"]))
-    return {
-        "pt_id": pt_id,
-        "n_rollouts": 8,
-        "answers": answers,
-        "majority": None if right == 4 else answers[0]["answer"],
-        "unparseable": 0,
-        "timed_out": 0,
-        "truncated": 0,
-        "length_mean": 30.0,
-        "logprob_mean": -0.5,
-        **{f"uncertainty/{name}": float(i) for name in ESTIMATORS},
-        **{f"features/{name}": float(i) for name in FEATURE_NAMES},
-        "rollouts": [],
-    }
+    return score_row(pt_id, [(str(2 * i), right), ("-1", 8 - right)], float(i), length_mean=30.0)
 
 
 def copy(made: Path, to: Path) -> Path:

@@ -3,9 +3,11 @@
     python tests/bench/answers.py --out tests/bench/results/answers.json
 
 `vote_ms` and `reward_ms` are for 64 prompts x 16 rollouts; `verifier_ms` is the part spent waiting
-for math-verify in the worker processes, `ours_ms` the processor time of all else, which says the
-same on a busy machine. `labels` are canonical forms of distinct labels. Median of the repeats; no
-answer is known beforehand in any of them.
+for math-verify in the worker processes, `ours_ms` the processor time of all else, and `waits` how
+often it waited: after each, code and data have to come back into the processor's caches, which
+costs more of `ours_ms` than the work itself, and as much if the workers only sleep. `labels` are
+canonical forms of distinct labels. Median of the repeats; no answer is known beforehand in any of
+them.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,18 +41,21 @@ class Clock:
 
     def reset(self) -> None:
         self.waited = self.asking = 0.0
+        self.waits = 0
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
-    def read(self) -> tuple[float, float, float]:
-        """Seconds since the reset: all, waiting for the workers, and processor time of ours."""
+    def read(self) -> tuple[float, float, float, int]:
+        """Since the reset: seconds in all, waiting for the workers, and of processor time of ours;
+        waits."""
         wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
-        return wall, self.waited, cpu - self.asking
+        return wall, self.waited, cpu - self.asking, self.waits
 
-    def __call__(self, kind: str, operation: str, items: list) -> list:
+    def __call__(self, kind: str, operation: str, items: list, about: Sequence[str] = ()) -> list:
         wall, cpu = time.perf_counter(), time.process_time()
-        values = self._ask(kind, operation, items)
+        values = self._ask(kind, operation, items, about)
         self.waited += time.perf_counter() - wall
         self.asking += time.process_time() - cpu
+        self.waits += 1
         return values
 
 
@@ -102,9 +108,11 @@ def reward(write, rng: random.Random, clock: Clock) -> dict[str, float]:
     return cost("reward", runs)
 
 
-def cost(what: str, runs: list[tuple[float, float, float]]) -> dict[str, float]:
-    medians = [round(statistics.median(column) * 1000, 2) for column in zip(*runs, strict=True)]
-    return dict(zip((f"{what}_ms", "verifier_ms", "ours_ms"), medians, strict=True))
+def cost(what: str, runs: list[tuple[float, float, float, int]]) -> dict[str, float]:
+    *seconds, waits = (statistics.median(column) for column in zip(*runs, strict=True))
+    names = (f"{what}_ms", "verifier_ms", "ours_ms")
+    milliseconds = dict(zip(names, (round(s * 1000, 2) for s in seconds), strict=True))
+    return {**milliseconds, "waits": waits}
 
 
 def labels(n: int, share: float, rng: random.Random) -> dict[str, float]:

@@ -9,9 +9,8 @@ import pytest
 from typer.testing import CliRunner
 
 from pivottrace_verl.cli import app
-from pivottrace_verl.estimators import ESTIMATORS
 from pivottrace_verl.pool import RunDir
-from pivottrace_verl.traces import FEATURE_NAMES
+from tests.score_table import score_row
 
 runner = CliRunner()
 N = 40
@@ -54,24 +53,7 @@ def scored(run: Path) -> Path:
     for i, prompt in enumerate(made.pool()):
         right = round(8 * (1 - i / N))
         answers = [(str(2 * i), right), ("-1", 8 - right)]
-        clusters = [{"answer": a, "count": c} for a, c in answers if c]
-        clusters.sort(key=lambda c: -c["count"])
-        rows.append(
-            {
-                "pt_id": prompt.pt_id,
-                "n_rollouts": 8,
-                "answers": clusters,
-                "majority": None if right == 4 else clusters[0]["answer"],
-                "unparseable": 0,
-                "timed_out": 0,
-                "truncated": 0,
-                "length_mean": 30.0,
-                "logprob_mean": -0.5,
-                **{f"uncertainty/{name}": float(i) for name in ESTIMATORS},
-                **{f"features/{name}": float(i) for name in FEATURE_NAMES},
-                "rollouts": [],
-            }
-        )
+        rows.append(score_row(prompt.pt_id, answers, float(i), length_mean=30.0))
     made.write_score_part(0, rows)
     made.merge_scores()
     return run

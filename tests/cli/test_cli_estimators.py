@@ -1,10 +1,10 @@
 """`pivottrace estimators` on a run directory: table, JSON, picture, bad input."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 from rich.console import Console
 from typer.testing import CliRunner
@@ -13,7 +13,7 @@ from pivottrace_verl.cli import app
 from pivottrace_verl.cli_estimators import _table
 from pivottrace_verl.estimators import ESTIMATORS
 from pivottrace_verl.pool import RunDir
-from pivottrace_verl.schemas import SCORE_SCHEMA
+from tests.score_table import score_row
 
 runner = CliRunner()
 N = 60
@@ -41,21 +41,15 @@ def probed(tmp_path: Path) -> Path:
     scores = []
     for i, prompt in enumerate(run.pool()):
         right = round(8 * (1 - i / N))
-        clusters = [{"answer": a, "count": c} for a, c in (("yes", right), ("no", 8 - right)) if c]
-        estimates = {f"uncertainty/{name}": float(i * 37 % N) for name in ESTIMATORS}
         scores.append(
-            {
-                **{f.name: 0 if pa.types.is_integer(f.type) else None for f in SCORE_SCHEMA},
-                "pt_id": prompt.pt_id,
-                "n_rollouts": 8,
-                "answers": sorted(clusters, key=lambda c: -c["count"]),
-                "majority": None if right == 4 else ("yes" if right > 4 else "no"),
-                "length_mean": 30.0,
-                **estimates,
-                "uncertainty/entropy": float(i),
-                "uncertainty/length": None,
-                "rollouts": [],
-            }
+            score_row(
+                prompt.pt_id,
+                [("yes", right), ("no", 8 - right)],
+                estimate=None,
+                length_mean=30.0,
+                **{f"uncertainty/{name}": float(i * 37 % N) for name in ESTIMATORS}
+                | {"uncertainty/entropy": float(i), "uncertainty/length": None},
+            )
         )
     run.write_score_part(0, scores)
     run.merge_scores()
@@ -77,10 +71,54 @@ def test_the_table_fits_100_columns_and_closes_with_sentences(probed: Path) -> N
     entropy, length = table[0], next(line for line in table if "length" in line)
     assert entropy.startswith("+ entropy") and "1.0 [1.0,1.0]" in entropy
     assert entropy.rstrip().endswith("0.5")
-    assert "not measured" in length
+    assert "not scored" in length
     assert "Recommended: entropy, higher = more uncertain" in result.stdout
     assert "Triage would refuse the estimator 'pivot_density'" in result.stdout
     assert "Pivots lose to something cheaper" in result.stdout
+
+
+def score_again(path: Path, change: Callable[[int], dict[str, Any]]) -> None:
+    """Replace columns of prompt i; the probes stay."""
+    run = RunDir.open(path)
+    probes = run.probes()["pt_ids"]
+    rows = run.scores().to_pylist()
+    run.write_score_part(0, [{**row, **change(i)} for i, row in enumerate(rows)])
+    run.merge_scores()
+    run.write_probes("entropy", 0, probes)
+
+
+def test_broken_probes_are_left_out_and_counted(probed: Path) -> None:
+    score_again(probed, lambda i: {"truncated": 8 if i in (0, 1, 2, 4) else 0})
+    told = call("estimators", probed, "--draws", "5")
+    assert "Estimators on 27 probes" in told.stdout
+    assert "3 labelled probes are left out: their rollouts are broken" in told.stdout
+    report = json.loads(call("estimators", probed, "--draws", "5", "--json").stdout)
+    assert (report["probes"], report["probes_in_review"]) == (27, 3)
+    words = ("estimators", probed, "--draws", "5", "--json", "--max-truncated", "1")
+    every = json.loads(call(*words).stdout)
+    assert (every["probes"], every["probes_in_review"]) == (30, 0)
+
+
+def test_probes_that_are_all_broken_judge_nothing(probed: Path) -> None:
+    score_again(probed, lambda i: {"unparseable": 8})
+    result = call("estimators", probed)
+    assert result.exit_code == 2
+    assert "Only 0 probes are labelled beside 30 whose rollouts are broken" in result.stderr
+
+
+def test_an_estimator_that_needs_hidden_states_is_refused_where_there_are_none(
+    probed: Path,
+) -> None:
+    score_again(probed, lambda _: dict.fromkeys(["uncertainty/coe", "uncertainty/cot_kinetics"]))
+    told = call("estimators", probed, "--draws", "5").stdout
+    assert told.count("not scored") == 3  # length is the third
+    assert "coe, cot_kinetics would need `pivottrace score --hidden-states`" in told
+    for verb in ("triage", "probe"):
+        result = call(verb, probed, "--estimator", "coe")
+        assert result.exit_code == 2 and len(result.stderr.splitlines()) == 1
+        assert "not scored" in result.stderr and "--hidden-states" in result.stderr
+    assert not (probed / "plan.parquet").exists()
+    assert RunDir.open(probed).probes()["estimator"] == "entropy"
 
 
 def test_the_longest_names_and_numbers_still_fit() -> None:

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from pivottrace_verl.annotation.formats import table_of
 from pivottrace_verl.cli import app
 from pivottrace_verl.pool import RunDir
-from pivottrace_verl.schemas import SCORE_SCHEMA
+from tests.score_table import score_row
 
 N = 60
 BROKEN = (7, 30, 50)
@@ -50,21 +50,8 @@ def make_scores(run: RunDir) -> None:
     for i, prompt in enumerate(run.pool()):
         right = round(8 * (1 - i / N))
         answers = [(truth(i), right), ("-1", 8 - right)]
-        clusters = [{"answer": a, "count": c} for a, c in answers if c]
-        clusters.sort(key=lambda c: -c["count"])
-        known = {
-            "pt_id": prompt.pt_id,
-            "n_rollouts": 8,
-            "answers": clusters,
-            "majority": None if right == 4 else clusters[0]["answer"],
-            "truncated": 8 if i in BROKEN else 0,
-            "length_mean": 30.0,
-            "logprob_mean": -0.5,
-            "rollouts": [],
-        }
-        rest = {f.name: 0 for f in SCORE_SCHEMA if f.name not in known}
-        rest |= {name: float(i) for name in rest if name.startswith("uncertainty/")}
-        rows.append({**rest, **known})
+        broken = {"truncated": 8 if i in BROKEN else 0}
+        rows.append(score_row(prompt.pt_id, answers, float(i), length_mean=30.0, **broken))
     run.write_score_part(0, rows)
     run.merge_scores()
 
@@ -304,17 +291,15 @@ def test_an_export_may_be_repeated_but_takes_no_place_of_other_training_data(
     assert before == [(tmp_path / n).read_bytes() for n in ("train.parquet", "val.parquet")]
 
 
-def test_the_summary_names_costs_only_where_labels_differ_in_them(
+def test_the_summary_names_a_cost_only_where_it_is_not_the_number_of_labels(
     probed: Path, tmp_path: Path
 ) -> None:
     assert "24 labels bought, 6 to buy, " in done("triage", probed, "--budget", "30")
     dear = next(r for r in RunDir.open(probed).plan().to_pylist() if "not trusted" in r["reason"])
     jsonl(tmp_path / "costs.jsonl", [{"pt_id": dear["pt_id"], "cost": 2.5}])
     said = done("triage", probed, "--costs", tmp_path / "costs.jsonl")
-    assert "24 labels bought for 24, 19 to buy for 20.5." in said
-    assert "24 labels bought for 24, 4 to buy for 4, " in done(
-        "triage", probed, "--budget-cost", "28"
-    )
+    assert "24 labels bought, 19 to buy for 20.5." in said
+    assert "24 labels bought, 4 to buy, " in done("triage", probed, "--budget-cost", "28")
 
 
 @pytest.mark.parametrize(

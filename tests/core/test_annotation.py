@@ -12,6 +12,7 @@ from pivottrace_verl.annotation.formats import table_of
 from pivottrace_verl.annotation.formats.csv_file import guard, unguard
 from pivottrace_verl.annotation.oracle import fill
 from pivottrace_verl.errors import PivotTraceError
+from tests.score_table import score_row
 
 quick = settings(deadline=None, max_examples=150)
 FORMULAS = ["=1+1", "+1", "-5", "@SUM(A1)", "\tx", "\rx", "'=1", "''", "'", "'-5", "=HYPERLINK(1)"]
@@ -68,9 +69,7 @@ def test_rows_survive_a_queue_file_letter_by_letter(tmp_path_factory, suffix, ro
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
-def test_an_exported_queue_holds_the_prompts_in_order_with_an_empty_label(
-    make_run, score_row, suffix
-):
+def test_an_exported_queue_holds_the_prompts_in_order_with_an_empty_label(make_run, suffix):
     run = make_run(answers_kind="expression")
     ids = ids_of(run)
     run.write_score_part(0, [score_row(i, [("-5", 4)]) for i in ids])
@@ -153,7 +152,7 @@ def test_a_different_label_is_a_conflict_and_the_first_one_stands(make_run, tmp_
     assert run.ledger().spent() == 3.0
 
 
-def test_a_purpose_is_known_from_the_probes_that_were_drawn(make_run, score_row, tmp_path):
+def test_a_purpose_is_known_from_the_probes_that_were_drawn(make_run, tmp_path):
     run = make_run()
     a, b = ids_of(run)[:2]
     run.write_score_part(0, [score_row(i) for i in ids_of(run)])

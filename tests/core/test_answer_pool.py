@@ -14,7 +14,7 @@ import pytest
 
 from pivottrace_verl import answer_pool
 from pivottrace_verl.answer_pool import TIMED_OUT, Limits, ask
-from pivottrace_verl.answers import extract_many
+from pivottrace_verl.answers import cluster, extract_many, grade_many
 from pivottrace_verl.errors import PivotTraceError
 
 ROOT = Path(__file__).parents[2]
@@ -274,3 +274,56 @@ def test_limits_come_from_the_environment_and_bad_ones_are_refused(monkeypatch):
     for bad in ({"workers": 0}, {"seconds": 0.0}, {"seconds": float("nan")}, {"memory_mb": 0}):
         with pytest.raises(PivotTraceError, match="above zero"):
             Limits(**bad)
+
+
+OWN = """
+import time
+
+class Own:
+    def extract(self, text):
+        return None if text == "nothing" else self.slow(text)
+
+    def equal(self, a, b):
+        return self.slow(a) <= b
+
+    def canonical(self, label):
+        return label
+
+    def slow(self, text):
+        while text == "hang":
+            time.sleep(0.1)
+        if text == "large":
+            bytearray(2**31)
+        return text
+
+class Late(Own):
+    def __init__(self):
+        time.sleep(1.5)
+"""
+
+
+@pytest.fixture
+def own(monkeypatch, tmp_path):
+    """Verifiers in a module that no worker has heard of when it starts."""
+    ask("math", "equal", [FINE])
+    (tmp_path / "own_verifier.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    return "own_verifier:Own"
+
+
+def test_a_verifier_of_ones_own_is_held_to_the_limits_too(own):
+    (pid,) = workers_of(os.getpid())
+    texts = ["7", "nothing", "hang", "large", "8"]
+    assert extract_many(own, texts) == ["7", None, TIMED_OUT, TIMED_OUT, "8"]
+    assert not is_running(pid)
+    graded = grade_many(own, [("7", "8"), ("9", "8"), ("hang", "8"), (TIMED_OUT, "8"), (None, "8")])
+    assert graded == ["right", "wrong", "timed_out", "timed_out", "unparseable"]
+
+
+def test_a_verifier_that_looks_one_way_only_is_asked_both_ways_in_a_vote(own):
+    assert cluster(["7", "8", "7"], own).clusters == [("7", 3)]
+    assert cluster(["8", "7"], own).clusters == [("7", 2)]
+
+
+def test_what_a_verifier_needs_to_load_counts_for_no_limit(own):
+    assert extract_many("own_verifier:Late", ["7"]) == ["7"]

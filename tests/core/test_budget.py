@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pivottrace_verl.budget import read_costs
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.triage import Outcome, TriageConfig, triage
+from tests.score_table import score_table
 
 quick = settings(deadline=None, max_examples=60)
 CFG = TriageConfig(estimator="entropy", draws=10)
@@ -25,14 +26,8 @@ BOUGHT_REASONS = ("votes not trusted", "uncertainty unknown: no rollout was trac
 
 def scores():
     """Prompt i is the harder the larger i."""
-    return pa.table(
-        {
-            "pt_id": IDS,
-            "n_rollouts": [8] * N,
-            "length_mean": [1.0] * N,
-            "uncertainty/entropy": [float(i) for i in range(N)],
-        }
-    )
+    hard = [float(i) for i in range(N)]
+    return score_table(IDS, {"uncertainty/entropy": hard, "length_mean": [1.0] * N})
 
 
 def probes():

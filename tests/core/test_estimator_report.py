@@ -91,14 +91,14 @@ def test_the_report_is_json_and_repeats_with_its_seed(bed):
     assert one["recommended"] == other["recommended"]
 
 
-def test_an_estimator_that_was_not_measured_stays_in_the_table_without_numbers(bed):
+def test_an_estimator_that_is_not_scored_stays_in_the_table_without_numbers(bed):
     made = bed("consistency")
     rows = [{**row, "uncertainty/nll": None} for row in made.scores.to_pylist()]
     report = assess(rows, made.probes, TriageConfig(), draws=50)
     row = row_of(report, "nll")
     assert not row["measured"] and row["n"] == 0 and row["direction"] is None
     assert all(row[name] == {"point": None, "low": None, "high": None} for name in STATISTICS)
-    assert picture(report).count(b"not measured") == 1
+    assert picture(report).count(b"not scored") == 1
     assert report["recommended"]["estimator"] == "consistency"
 
 

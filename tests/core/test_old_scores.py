@@ -5,6 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pivottrace_verl.errors import PivotTraceError
+from tests.score_table import score_row
 
 LACKING = ["uncertainty/self_certainty", "features/mass_mean"]
 
@@ -17,7 +18,7 @@ def without(path, columns):
 
 
 @pytest.fixture
-def scored(make_run, score_row):
+def scored(make_run):
     run = make_run(n=6)
     ids = [prompt.pt_id for prompt in run.pool()]
     for i in (0, 1):
@@ -40,6 +41,16 @@ def test_parts_of_another_version_are_neither_merged_nor_gone_on_with(scored):
     for step in (scored.check_score_parts, scored.merge_scores):
         with pytest.raises(PivotTraceError, match=r"part-00001.*lacks.*mass_mean"):
             step()
+    assert not (scored.path / "scores.parquet").exists()
+
+
+def test_a_damaged_part_is_found_when_its_rows_are_read_which_a_resumed_run_puts_off(scored):
+    part = scored.path / "scores" / "part-00001.parquet"
+    content = part.read_bytes()
+    part.write_bytes(content[:4] + bytes(400) + content[404:])
+    scored.check_score_parts()
+    with pytest.raises(PivotTraceError, match=r"part-00001\.parquet is not a readable Parquet"):
+        scored.merge_scores()
     assert not (scored.path / "scores.parquet").exists()
 
 

@@ -16,6 +16,7 @@ from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.files import model_fingerprint
 from pivottrace_verl.pool import RunDir
 from pivottrace_verl.prompts import pt_id, read_pool, render
+from tests.score_table import score_row
 
 
 def chat(text):
@@ -27,7 +28,7 @@ def write_jsonl(path, rows):
     return path
 
 
-def score_all(run, score_row, parts=3):
+def score_all(run, parts=3):
     rows = [score_row(prompt.pt_id) for prompt in run.pool()]
     for i, part in enumerate(np.array_split(np.arange(len(rows)), parts)):
         run.write_score_part(i, [rows[k] for k in part])
@@ -215,9 +216,7 @@ def test_the_model_fingerprint_sees_config_and_weights(model):
 # Scores
 
 
-def test_parts_merge_into_the_pools_order_with_the_same_bytes_whatever_order_they_came_in(
-    make_run, score_row
-):
+def test_parts_merge_into_the_pools_order_with_the_same_bytes_whatever_order_they_came_in(make_run):
     files = []
     for order in ([0, 1, 2], [2, 0, 1]):
         run = make_run(name=f"run{order[0]}")
@@ -231,14 +230,14 @@ def test_parts_merge_into_the_pools_order_with_the_same_bytes_whatever_order_the
     assert files[0] == files[1]
 
 
-def test_scores_come_in_the_pools_order_even_if_the_parts_do_not(make_run, score_row):
+def test_scores_come_in_the_pools_order_even_if_the_parts_do_not(make_run):
     run = make_run()
     run.write_score_part(0, [score_row(p.pt_id) for p in reversed(run.pool())])
     run.merge_scores()
     assert run.scores()["pt_id"].to_pylist() == [p.pt_id for p in run.pool()]
 
 
-def test_a_part_with_a_prompt_of_another_part_is_not_merged(make_run, score_row):
+def test_a_part_with_a_prompt_of_another_part_is_not_merged(make_run):
     run = make_run()
     rows = [score_row(p.pt_id) for p in run.pool()]
     run.write_score_part(0, [*rows[:5], rows[6]])
@@ -251,9 +250,9 @@ def test_a_part_with_a_prompt_of_another_part_is_not_merged(make_run, score_row)
     assert [p.name for p in run.path.iterdir() if "scores." in p.name] == []
 
 
-def test_parts_of_another_version_are_not_merged(make_run, score_row):
+def test_parts_of_another_version_are_not_merged(make_run):
     run = make_run()
-    score_all(run, score_row)
+    score_all(run)
     before = (run.path / "scores.parquet").read_bytes()
     path = run.path / "scores" / "part-00001.parquet"
     pq.write_table(pq.read_table(path).drop_columns(["logprob_mean"]), path)
@@ -263,7 +262,7 @@ def test_parts_of_another_version_are_not_merged(make_run, score_row):
 
 
 def test_scores_are_merged_piece_by_piece_with_the_same_bytes_however_they_were_cut(
-    make_run, score_row, monkeypatch
+    make_run, monkeypatch
 ):
     monkeypatch.setattr("pivottrace_verl.files.ROW_GROUP", 5)
     contents = []
@@ -280,17 +279,17 @@ def test_scores_are_merged_piece_by_piece_with_the_same_bytes_however_they_were_
     assert [groups.row_group(i).num_rows for i in range(groups.num_row_groups)] == [5, 5, 2]
 
 
-def test_scores_can_be_read_without_the_bulk_of_them(make_run, score_row):
+def test_scores_can_be_read_without_the_bulk_of_them(make_run):
     run = make_run()
-    score_all(run, score_row)
+    score_all(run)
     whole = run.scores()
     assert "rollouts" in whole.column_names
     assert run.scores(rollouts=False).equals(whole.drop_columns(["rollouts"]))
 
 
-def test_a_resumed_run_ends_with_the_same_bytes_as_an_uninterrupted_one(make_run, score_row):
+def test_a_resumed_run_ends_with_the_same_bytes_as_an_uninterrupted_one(make_run):
     whole, killed = make_run(name="whole"), make_run(name="killed")
-    score_all(whole, score_row)
+    score_all(whole)
     rows = [score_row(p.pt_id) for p in killed.pool()]
     killed.write_score_part(0, rows[:4])
     (killed.path / "scores" / ".part-00001.parquet.123.tmp").write_bytes(b"half a part")
@@ -303,7 +302,7 @@ def test_a_resumed_run_ends_with_the_same_bytes_as_an_uninterrupted_one(make_run
     ).read_bytes()
 
 
-def test_incomplete_or_doubled_scores_are_not_merged(make_run, score_row):
+def test_incomplete_or_doubled_scores_are_not_merged(make_run):
     run = make_run()
     rows = [score_row(p.pt_id) for p in run.pool()]
     run.write_score_part(0, rows[:5])
@@ -315,7 +314,7 @@ def test_incomplete_or_doubled_scores_are_not_merged(make_run, score_row):
     assert not (run.path / "scores.parquet").exists()
 
 
-def test_a_score_row_with_a_column_too_many_or_too_few_is_an_error(make_run, score_row):
+def test_a_score_row_with_a_column_too_many_or_too_few_is_an_error(make_run):
     run = make_run()
     row = score_row(run.pool()[0].pt_id)
     for bad in ({**row, "mood": 1}, {k: v for k, v in row.items() if k != "majority"}):
@@ -336,9 +335,9 @@ def test_a_stage_that_was_not_run_is_named(make_run):
             read()
 
 
-def test_probes_and_plan_are_refused_when_the_scores_have_changed(make_run, score_row):
+def test_probes_and_plan_are_refused_when_the_scores_have_changed(make_run):
     run = make_run()
-    score_all(run, score_row)
+    score_all(run)
     run.write_probes("entropy", 0, ["a"])
     same = {"route": "drop", "uncertainty": 0.0, "rank": 1, "reason": "x", "cost": 1.0}
     plan = [{"pt_id": p.pt_id, **same} for p in run.pool()]
@@ -359,9 +358,9 @@ def test_probes_and_plan_are_refused_when_the_scores_have_changed(make_run, scor
         assert run.stage_fingerprint("scores") in str(error.value)
 
 
-def test_scores_of_another_pool_are_refused(make_run, score_row):
+def test_scores_of_another_pool_are_refused(make_run):
     run, other = make_run(name="a"), make_run(n=13, name="b")
-    score_all(other, score_row)
+    score_all(other)
     (run.path / "scores.parquet").write_bytes((other.path / "scores.parquet").read_bytes())
     with pytest.raises(PivotTraceError) as error:
         run.scores()

@@ -178,13 +178,13 @@ def test_random_is_never_chosen_or_named_even_if_it_knew_everything(bed):
 
 
 @pytest.mark.parametrize("unknown", [None, math.nan])
-def test_an_estimator_unknown_on_all_probes_is_not_measured_and_out_of_the_running(bed, unknown):
+def test_an_estimator_unknown_on_all_probes_is_not_scored_and_out_of_the_running(bed, unknown):
     made = bed("consistency")
     table = with_column(made.scores, "uncertainty/pivot_density", [unknown] * 400)
     row = next(r for r in estimator_table(table, made.probes) if r["estimator"] == "pivot_density")
     assert row["n"] == 0
     assert {row[key] for key in ("auroc", "spearman", "p_value", "direction")} == {None}
-    with pytest.raises(Uninformative, match="not measured: none of the 64 probes") as error:
+    with pytest.raises(Uninformative, match="not scored: none of the 64 probes") as error:
         rank_pool(table, made.probes, DEFAULT)
     assert error.value.best == "consistency"
 

@@ -2,33 +2,24 @@
 
 from dataclasses import replace
 
-import pyarrow as pa
 import pytest
 
 from pivottrace_verl.errors import PivotTraceError
-from pivottrace_verl.triage import Outcome, TriageConfig, sound, triage
+from pivottrace_verl.triage import Outcome, TriageConfig, triage
+from tests.score_table import score_table
 
 CFG = TriageConfig(estimator="entropy", draws=10)
 N = 60
 IDS = [f"{i:03d}" for i in range(N)]
 
 
-def scores(broken=None, **counts):
-    """Prompt i is the harder the larger i; `counts` replace a column of the prompts `broken`."""
-    columns = {"unparseable": [0] * N, "truncated": [0] * N}
-    for name, count in counts.items():
-        column = columns.setdefault(name, [0] * N)
-        for i in broken:
-            column[i] = count
-    return pa.table(
-        {
-            "pt_id": IDS,
-            "n_rollouts": [8] * N,
-            "length_mean": [1.0] * N,
-            "uncertainty/entropy": [float(i) for i in range(N)],
-            **columns,
-        }
-    )
+def scores(broken=(), **counts):
+    """Prompt i is the harder the larger i; `counts` are columns of the prompts `broken`."""
+    columns = {"uncertainty/entropy": [float(i) for i in range(N)], "length_mean": [1.0] * N}
+    columns |= {
+        name: [count if i in broken else 0 for i in range(N)] for name, count in counts.items()
+    }
+    return score_table(IDS, columns)
 
 
 def probes(wrong_from=30):
@@ -66,11 +57,6 @@ def test_half_is_not_more_than_half_and_the_limits_are_settings():
     everything = scores([1], truncated=8)
     assert triage(everything, probes(), [], CFG).counts()["review"] == 1
     assert triage(everything, probes(), [], replace(CFG, max_truncated=1.0)).counts()["review"] == 0
-
-
-def test_scores_without_the_column_of_timeouts_are_read_as_having_none():
-    assert "timed_out" not in scores().column_names
-    assert sound(scores(), CFG).all()
 
 
 def test_a_broken_probe_is_a_bought_label_but_does_not_bend_the_curve():

@@ -24,12 +24,13 @@ from pivottrace_verl.triage import (
     triage,
     uncertainty,
 )
+from tests.score_table import score_row, score_table
 
 quick = settings(deadline=None, max_examples=60)
 CFG = TriageConfig(estimator="entropy")
 
 
-def make_pool(score_row, n=200, noise=0.0, flip=False):
+def make_pool(n=200, noise=0.0, flip=False):
     """Prompt i is the harder the larger i: pass rate falls from 1 to 0, entropy rises.
     Length and pivots say nothing."""
     rng = np.random.default_rng(0)
@@ -78,7 +79,7 @@ def test_ranks_run_from_0_to_1_and_ties_are_broken_by_id():
     assert rank01([3.0, 1.0, 1.0], ["c", "b", "a"]).tolist() == [1.0, 0.5, 0.0]
 
 
-def test_an_unknown_value_ranks_as_most_uncertain_in_either_direction(score_row):
+def test_an_unknown_value_ranks_as_most_uncertain_in_either_direction():
     rows = [
         score_row(i, **{"uncertainty/entropy": v}) for i, v in [("a", None), ("b", 1), ("c", 2)]
     ]
@@ -133,18 +134,18 @@ def test_the_default_is_64_or_2_percent_of_the_pool():
 # Outcomes and the table
 
 
-def test_an_outcome_counts_equal_answers_over_all_rollouts(score_row):
+def test_an_outcome_counts_equal_answers_over_all_rollouts():
     row = score_row("a", [("1+2", 3), ("2+2", 2)], unparseable=3, n_rollouts=8)
     found = outcomes([row], {"a": "2+1"}, "expression")
     assert found == [Outcome("a", pass_rate=3 / 8, majority_right=True)]
 
 
-def test_a_prompt_without_a_majority_is_not_right(score_row):
+def test_a_prompt_without_a_majority_is_not_right():
     row = score_row("a", [("x", 4), ("y", 4)], majority=None)
     assert outcomes([row], {"a": "x"}, "exact") == [Outcome("a", 0.5, False)]
 
 
-def test_a_label_of_a_prompt_that_is_not_scored_is_refused(score_row):
+def test_a_label_of_a_prompt_that_is_not_scored_is_refused():
     with pytest.raises(PivotTraceError, match="stranger"):
         outcomes([score_row("a")], {"stranger": "1"}, "exact")
 
@@ -163,8 +164,8 @@ def test_auroc_is_the_chance_that_a_positive_scores_higher(rows):
     assert auroc([s for s, _ in rows], [b for _, b in rows]) == pytest.approx(expected)
 
 
-def test_the_table_ranks_estimators_and_shows_a_flipped_direction(score_row):
-    rows, truth = make_pool(score_row)
+def test_the_table_ranks_estimators_and_shows_a_flipped_direction():
+    rows, truth = make_pool()
     for row in rows:
         row["uncertainty/pivot_density"] = -row["uncertainty/entropy"]
     table = {r["estimator"]: r for r in estimator_table(rows, make_probes(rows, truth))}
@@ -177,7 +178,7 @@ def test_the_table_ranks_estimators_and_shows_a_flipped_direction(score_row):
     assert list(table)[:2] == ["entropy", "pivot_density"]
 
 
-def test_an_estimator_that_only_measures_length_is_chance_within_length_terciles(score_row):
+def test_an_estimator_that_only_measures_length_is_chance_within_length_terciles():
     rng = np.random.default_rng(1)
     rows, probes = [], []
     for i in range(300):
@@ -190,7 +191,7 @@ def test_an_estimator_that_only_measures_length_is_chance_within_length_terciles
     assert abs(table["length"]["auroc_within_length"] - 0.5) < 0.1
 
 
-def test_numbers_that_do_not_exist_are_none_in_the_table(score_row):
+def test_numbers_that_do_not_exist_are_none_in_the_table():
     probes = [Outcome("a", 1.0, True), Outcome("b", 1.0, True)]
     for row in estimator_table([score_row("a"), score_row("b")], probes):
         assert row["auroc"] is row["spearman"] is row["direction"] is None
@@ -254,8 +255,8 @@ def test_u_low_never_lies_above_u_high_and_the_curves_fall(probes, window):
 # Routes
 
 
-def test_the_certain_are_dropped_the_middle_votes_and_the_uncertain_are_annotated(score_row):
-    rows, truth = make_pool(score_row)
+def test_the_certain_are_dropped_the_middle_votes_and_the_uncertain_are_annotated():
+    rows, truth = make_pool()
     plan = triage(rows, make_probes(rows, truth), [], CFG)
     routes = [row["route"] for row in rows_of(plan)]
     assert routes == sorted(routes, key=["drop", "self_train", "annotate"].index)
@@ -282,22 +283,16 @@ def test_of_two_unlabelled_prompts_the_more_uncertain_never_gets_the_easier_rout
 ):
     rng = np.random.default_rng(seed)
     names = [f"{i:03d}" for i in range(100)]
-    rows = [
-        {
-            "pt_id": n,
-            "n_rollouts": 8,
-            "length_mean": 1.0,
-            "uncertainty/entropy": i + 100 * noise * rng.normal(),
-        }
-        for i, n in enumerate(names)
-    ]
+    hard = [i + 100 * noise * rng.normal() for i in range(100)]
+    scores = score_table(names, {"uncertainty/entropy": hard})
     probes = [Outcome(n, p := 1 - i / 99, p > 0.5) for i, n in enumerate(names) if i % 3 == 0]
     cfg = replace(
         CFG, trusted=trusted, mastered=mastered, budget=budget, overflow=overflow, alpha=1.0
     )
     owned = {o.pt_id for o in probes}
-    plan = triage(rows, probes, owned, cfg)
-    assert rows_of(triage(rows[::-1], probes[::-1], owned, cfg)) == rows_of(plan)[::-1]
+    plan = triage(scores, probes, owned, cfg)
+    backwards = scores.take(list(reversed(range(100))))
+    assert rows_of(triage(backwards, probes[::-1], owned, cfg)) == rows_of(plan)[::-1]
     fresh = sorted(
         (r for r in rows_of(plan) if r["pt_id"] not in owned), key=lambda r: r["uncertainty"]
     )
@@ -312,17 +307,17 @@ def test_of_two_unlabelled_prompts_the_more_uncertain_never_gets_the_easier_rout
     assert len(plan.to_buy()) == plan.labels["to_buy"]
 
 
-def test_a_flipped_estimator_gives_the_same_routes_because_the_probes_decide(score_row):
-    rows, truth = make_pool(score_row)
-    flipped, _ = make_pool(score_row, flip=True)
+def test_a_flipped_estimator_gives_the_same_routes_because_the_probes_decide():
+    rows, truth = make_pool()
+    flipped, _ = make_pool(flip=True)
     probes = make_probes(rows, truth)
     plan, other = triage(rows, probes, [], CFG), triage(flipped, probes, [], CFG)
     assert (plan.direction, other.direction) == ("higher", "lower")
     assert route_of(plan) == route_of(other)
 
 
-def test_labels_bought_as_probes_count_against_the_budget_and_are_used(score_row):
-    rows, truth = make_pool(score_row)
+def test_labels_bought_as_probes_count_against_the_budget_and_are_used():
+    rows, truth = make_pool()
     probes = make_probes(rows, truth)
     owned = {o.pt_id for o in probes}
     plan = triage(rows, probes, owned, replace(CFG, budget=80))
@@ -342,8 +337,8 @@ def test_labels_bought_as_probes_count_against_the_budget_and_are_used(score_row
     assert {route_of(kept)[r["pt_id"]] for r in left_out} == {"self_train"}
 
 
-def test_priority_threshold_buys_the_prompts_nearest_the_threshold(score_row):
-    rows, truth = make_pool(score_row)
+def test_priority_threshold_buys_the_prompts_nearest_the_threshold():
+    rows, truth = make_pool()
     probes = make_probes(rows, truth)
     cfg = replace(CFG, budget=60)
     top, near = (
@@ -359,16 +354,16 @@ def test_priority_threshold_buys_the_prompts_nearest_the_threshold(score_row):
     assert bought(near)[-1] < bought(top)[-1]
 
 
-def test_a_budget_already_spent_buys_nothing_more(score_row):
-    rows, truth = make_pool(score_row)
+def test_a_budget_already_spent_buys_nothing_more():
+    rows, truth = make_pool()
     probes = make_probes(rows, truth)
     plan = triage(rows, probes, {o.pt_id for o in probes}, replace(CFG, budget=10))
     assert plan.labels["to_buy"] == 0
     assert plan.labels["bought"] == 64
 
 
-def test_routes_do_not_move_when_the_queue_has_been_labelled(score_row):
-    rows, truth = make_pool(score_row)
+def test_routes_do_not_move_when_the_queue_has_been_labelled():
+    rows, truth = make_pool()
     probes = make_probes(rows, truth)
     owned = {o.pt_id for o in probes}
     before = triage(rows, probes, owned, replace(CFG, budget=90))
@@ -377,8 +372,8 @@ def test_routes_do_not_move_when_the_queue_has_been_labelled(score_row):
     assert after.to_buy() == []
 
 
-def test_a_prompt_that_was_never_traced_is_annotated_and_says_so(score_row):
-    rows, truth = make_pool(score_row)
+def test_a_prompt_that_was_never_traced_is_annotated_and_says_so():
+    rows, truth = make_pool()
     rows[0]["uncertainty/entropy"] = math.nan
     plan = triage(rows, make_probes(rows[1:], truth), [], CFG)
     assert rows_of(plan)[0]["route"] == "annotate"
@@ -386,8 +381,8 @@ def test_a_prompt_that_was_never_traced_is_annotated_and_says_so(score_row):
     assert plan.to_buy()[0] == "id0000"
 
 
-def test_a_prompt_that_was_never_traced_is_not_mastered_with_the_rest(score_row):
-    rows, truth = make_pool(score_row)
+def test_a_prompt_that_was_never_traced_is_not_mastered_with_the_rest():
+    rows, truth = make_pool()
     probes = [replace(o, pass_rate=0.9 + o.pass_rate / 20) for o in make_probes(rows, truth)]
     probes = [replace(o, majority_right=True) for o in probes]
     owned = next(o.pt_id for o in probes if o.pt_id != "id0000")
@@ -403,8 +398,8 @@ def test_a_prompt_that_was_never_traced_is_not_mastered_with_the_rest(score_row)
 # Refusals
 
 
-def test_an_estimator_that_says_nothing_is_refused_and_the_one_that_serves_is_named(score_row):
-    rows, truth = make_pool(score_row)
+def test_an_estimator_that_says_nothing_is_refused_and_the_one_that_serves_is_named():
+    rows, truth = make_pool()
     probes = make_probes(rows, truth)
     for row in rows:
         row["uncertainty/pivot_count"] = 0.0
@@ -416,14 +411,14 @@ def test_an_estimator_that_says_nothing_is_refused_and_the_one_that_serves_is_na
     assert {row["estimator"] for row in error.value.table} >= {"entropy", "pivot_count"}
 
 
-def test_a_direction_that_the_probes_contradict_is_refused(score_row):
-    rows, truth = make_pool(score_row)
+def test_a_direction_that_the_probes_contradict_is_refused():
+    rows, truth = make_pool()
     with pytest.raises(Uninformative, match="lower"):
         triage(rows, make_probes(rows, truth), [], replace(CFG, direction="lower"))
 
 
-def test_auto_takes_the_estimator_the_probes_follow_but_never_random(score_row):
-    rows, truth = make_pool(score_row)
+def test_auto_takes_the_estimator_the_probes_follow_but_never_random():
+    rows, truth = make_pool()
     probes = make_probes(rows, truth)
     assert triage(rows, probes, [], replace(CFG, estimator="auto")).estimator == "entropy"
     rates = {o.pt_id: o.pass_rate for o in probes}
@@ -436,15 +431,15 @@ def test_auto_takes_the_estimator_the_probes_follow_but_never_random(score_row):
     assert error.value.best is None
 
 
-def test_probes_that_all_came_out_alike_are_refused(score_row):
-    rows, _ = make_pool(score_row)
+def test_probes_that_all_came_out_alike_are_refused():
+    rows, _ = make_pool()
     probes = [Outcome(row["pt_id"], 1.0, True) for row in rows[:64]]
     with pytest.raises(Uninformative, match="same pass rate"):
         triage(rows, probes, [], CFG)
 
 
-def test_too_few_probes_and_unknown_estimators_are_refused(score_row):
-    rows, truth = make_pool(score_row)
+def test_too_few_probes_and_unknown_estimators_are_refused():
+    rows, truth = make_pool()
     with pytest.raises(PivotTraceError, match="Only 7 probes"):
         triage(rows, make_probes(rows, truth, n=7), [], CFG)
     with pytest.raises(PivotTraceError, match="mood"):
@@ -471,8 +466,8 @@ def test_settings_that_cannot_be_meant_are_refused(bad):
         TriageConfig(**bad)
 
 
-def test_the_plan_is_json_and_its_table_adds_up(score_row):
-    rows, truth = make_pool(score_row)
+def test_the_plan_is_json_and_its_table_adds_up():
+    rows, truth = make_pool()
     plan = triage(rows, make_probes(rows, truth), [], replace(CFG, budget=20))
     info = json.loads(json.dumps(plan.info(), allow_nan=False))
     assert info["routes"] == plan.counts()

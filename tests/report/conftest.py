@@ -14,8 +14,8 @@ from safetensors.numpy import save_file
 from pivottrace_verl.estimators import ESTIMATORS
 from pivottrace_verl.pivots import FEATURES, DetectorConfig, calibrate_tau, find_pivots
 from pivottrace_verl.pool import RunDir, write_json_atomic
-from pivottrace_verl.traces import FEATURE_NAMES
 from pivottrace_verl.triage import TriageConfig, choose_probes, outcomes, triage, uncertainty
+from tests.score_table import score_row
 
 WORDS = ("so", "try", "3", "*", "4", "=", "12", "then", "go", "back", "and", "try", "again")
 
@@ -110,7 +110,6 @@ def score_run(run: RunDir, spec: Spec, rng: np.random.Generator) -> dict[str, st
         wrong = 8 - right
         answers = [(truth[prompt.pt_id], right), (f"wrong{spec.hostile}", wrong)]
         answers = sorted([a for a in answers if a[1]], key=lambda a: (-a[1], a[0]))
-        tie = len(answers) > 1 and answers[0][1] == answers[1][1]
         values = {name: float(rng.normal()) for name in names}
         values[spec.best] = float(hard + 0.08 * rng.normal())
         if not spec.pivots_informative:
@@ -141,21 +140,15 @@ def score_run(run: RunDir, spec: Spec, rng: np.random.Generator) -> dict[str, st
                 tokens[9::22] = ["\n"] * len(tokens[9::22])
                 tokens[3] = spec.hostile or tokens[3]
                 texts[key] = {"tokens": tokens, "seed": g, "answer": answer}
+        values |= {name: math.nan for name in ESTIMATORS if name not in values}
         rows.append(
-            {
-                "pt_id": prompt.pt_id,
-                "n_rollouts": 8,
-                "answers": [{"answer": a, "count": c} for a, c in answers],
-                "majority": None if tie else answers[0][0],
-                "unparseable": 0,
-                "timed_out": 0,
-                "truncated": 0,
-                "length_mean": float(60 + 40 * hard + 20 * rng.normal()),
-                "logprob_mean": -0.4,
-                **{f"uncertainty/{name}": values.get(name, math.nan) for name in ESTIMATORS},
-                **{f"features/{name}": 0.5 for name in FEATURE_NAMES},
-                "rollouts": rollouts,
-            }
+            score_row(
+                prompt.pt_id,
+                answers,
+                length_mean=float(60 + 40 * hard + 20 * rng.normal()),
+                **{f"uncertainty/{name}": value for name, value in values.items()},
+                rollouts=rollouts,
+            )
         )
     stats = [trace for trace in traces.values() if trace.ndim == 4]
     detector = replace(detector, tau=calibrate_tau(stats, detector))

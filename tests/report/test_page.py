@@ -270,3 +270,18 @@ def test_prompts_set_apart_for_review_are_a_route_and_their_probes_are_not_in_th
     assert {row["route"]: row["count"] for row in numbers["routes"]}["review"] == 5
     assert len(numbers["calibration"]["probes"]) == numbers["calibration"]["curve"]["probes"] == 43
     assert "every prompt has a route, 5 to review" in page.text
+
+
+def test_the_sliding_means_lie_in_bands_of_their_bootstrap_intervals(make: Make) -> None:
+    page, numbers = written(make(upto="triage"))
+    curve = numbers["calibration"]["curve"]
+    n = len(curve["u"])
+    for key in "pm":
+        (path,) = [a["d"] for _, a in page.tags if a.get("class") == f"area interval curve-{key}"]
+        corners = [tuple(map(float, at.split())) for at in str(path).strip("MZ").split("L")]
+        assert len(corners) == 2 * n
+        # There along the upper end, back along the lower one; down the page is down in y.
+        assert all(corners[i][1] <= corners[-1 - i][1] for i in range(n))
+        ends = zip(curve[f"{key}_low"], curve[key], curve[f"{key}_high"], strict=True)
+        assert sum(low <= value <= high for low, value, high in ends) > 0.9 * n
+    assert "95% intervals of the sliding means, 400 bootstrap draws" in page.text

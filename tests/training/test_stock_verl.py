@@ -6,9 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.pool import RunDir
-from pivottrace_verl.schemas import SCORE_SCHEMA
-from pivottrace_verl.training.data import export_for_verl
+from pivottrace_verl.training.data import export_for_verl, write_training_files
+from tests.score_table import score_row
 
 READ = """
 import json, sys
@@ -66,11 +69,7 @@ def make_run(path: Path) -> RunDir:
         (path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     run = RunDir.create(path / "run", path / "pool.jsonl", model, path / "val.jsonl")
     ids = [prompt.pt_id for prompt in run.pool()]
-    blank = {
-        field.name: {"string": "", "int64": 1, "double": 0.0}.get(str(field.type), [])
-        for field in SCORE_SCHEMA
-    }
-    run.write_score_part(0, [{**blank, "pt_id": pt_id} for pt_id in ids])
+    run.write_score_part(0, [score_row(pt_id) for pt_id in ids])
     run.merge_scores()
     routes = ["drop", "annotate", "self_train", "review", "annotate", "drop"]
     run.write_plan(
@@ -117,3 +116,11 @@ def test_stock_verl_reads_rewards_and_collates_an_export_without_our_plugin(tmp_
     assert [row["extra"]["uncertainty"] for row in read["train"]] == [0.2, 0.8]
     assert all(row["extra"]["labeled"] and row["reward"] == 1.0 for row in read["train"])
     assert len(read["val"]) == 6 and all(row["reward"] == 1.0 for row in read["val"])
+
+
+def test_training_files_that_do_not_fill_a_batch_are_not_written(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with pytest.raises(PivotTraceError, match=r"Only 3 prompts are left .* one batch of 4"):
+        write_training_files(run, 4)
+    assert not (run.path / "train").exists()
+    assert write_training_files(run, 3) == (3, 6)
