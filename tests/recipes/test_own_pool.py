@@ -8,20 +8,17 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from recipe_scripts import RECIPES, load
+from recipe_scripts import RECIPES, invent_scores, load, make_model
 from typer.testing import CliRunner
 
 from pivottrace_verl.annotation.formats import table_of
 from pivottrace_verl.cli import app
 from pivottrace_verl.pool import RunDir
-from pivottrace_verl.schemas import SCORE_SCHEMA
 
 README = RECIPES / "own_pool" / "README.md"
-ROLLOUTS = 8
 to_pool = load("own_pool/to_pool")
 
 
@@ -38,36 +35,10 @@ def known() -> dict[str, str]:
     return {row["question"]: row["answer"] for row in rows}
 
 
-def invent_scores(run: RunDir) -> None:
-    """Prompt i of P is right in ever fewer rollouts, and more uncertain."""
-    pool, truth = run.pool(), known()
-    rows: list[dict[str, Any]] = []
-    for i, prompt in enumerate(pool):
-        right = round(ROLLOUTS * (1 - i / len(pool)))
-        counts = [(truth[prompt.messages[0]["content"]], right), ("-1", ROLLOUTS - right)]
-        clusters = sorted(
-            ({"answer": a, "count": c} for a, c in counts if c), key=lambda c: -c["count"]
-        )
-        given = {
-            "pt_id": prompt.pt_id,
-            "n_rollouts": ROLLOUTS,
-            "answers": clusters,
-            "majority": None if 2 * right == ROLLOUTS else clusters[0]["answer"],
-            "length_mean": 30.0,
-            "logprob_mean": -0.5,
-            "rollouts": [],
-        }
-        rest = {field.name: 0 for field in SCORE_SCHEMA if field.name not in given}
-        rest |= {name: float(i) for name in rest if name.startswith("uncertainty/")}
-        rows.append({**rest, **given})
-    run.write_score_part(0, rows)
-    run.merge_scores()
-
-
 def run_command(line: str, model: Path) -> None:
     words = [word.replace("$MODEL", str(model)) for word in shlex.split(line)]
     if words[:2] == ["pivottrace", "score"]:
-        invent_scores(RunDir.open(words[2]))
+        invent_scores(RunDir.open(words[2]), known())
     elif words[0] == "pivottrace":
         result = CliRunner().invoke(app, words[1:])
         assert result.exit_code == 0, f"{line}\n{result.output}"
@@ -82,10 +53,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which all commands of the README have been run, one after another."""
     here = tmp_path_factory.mktemp("clone")
     shutil.copytree(RECIPES / "own_pool", here / "recipes" / "own_pool")
-    model = here / "model"
-    model.mkdir()
-    (model / "config.json").write_text("{}")
-    (model / "w.safetensors").write_bytes(b"w" * 100)
+    model = make_model(here / "model")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(here)
         for line in commands():
