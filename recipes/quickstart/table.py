@@ -7,17 +7,16 @@ python recipes/quickstart/table.py --take runs/quickstart    takes over a new ru
 
 from __future__ import annotations
 
-import argparse
-import json
-import re
-import shutil
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from readme_table import command_line, digits
 
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "summary.json"
 README = HERE.parents[1] / "README.md"
-BEGIN, END = "<!-- quickstart:", "<!-- /quickstart -->"
 
 
 def tables(summary: dict[str, Any]) -> str:
@@ -53,32 +52,16 @@ def tables(summary: dict[str, Any]) -> str:
         "|---|---|---|---|",
     ]
     for row in summary["estimators"]:
-        cells = (_digits(row[k]) for k in ("auroc", "auroc_within_length", "spearman"))
+        cells = (digits(row[k]) for k in ("auroc", "auroc_within_length", "spearman"))
         lines.append(f"| {row['estimator']} | {' | '.join(cells)} |")
     if summary["refused"]:
         lines += ["", f"The probes' verdict: {summary['refused']}"]
     return "\n".join(lines)
 
 
-def _digits(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--take", type=Path)
-    args = parser.parse_args()
-    if args.take:
-        RESULT.parent.mkdir(exist_ok=True)
-        shutil.copy(args.take / "summary.json", RESULT)
-    made = tables(json.loads(RESULT.read_text()))
-    if not args.write:
-        print(made)
-        return
-    text = README.read_text()
-    pattern = re.compile(f"({re.escape(BEGIN)}[^\n]*\n).*?({re.escape(END)})", re.DOTALL)
-    README.write_text(pattern.sub(lambda m: f"{m[1]}{made}\n{m[2]}", text))
+def main(argv: list[str] | None = None) -> None:
+    """The command line."""
+    command_line(__doc__, tables, result=RESULT, readme=README, name="quickstart", argv=argv)
 
 
 if __name__ == "__main__":
