@@ -51,7 +51,7 @@ def tables(summary: dict[str, Any]) -> str:
         "| estimator | AUROC | within length terciles | Spearman with the pass rate |",
         "|---|---|---|---|",
     ]
-    for row in summary["estimators"]:
+    for row in (row for row in summary["estimators"] if row["n"]):
         cells = (digits(row[k]) for k in ("auroc", "auroc_within_length", "spearman"))
         lines.append(f"| {row['estimator']} | {' | '.join(cells)} |")
     if summary["refused"]:
