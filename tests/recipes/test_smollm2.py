@@ -61,12 +61,9 @@ def test_every_question_follows_its_tasks_worked_example_and_is_not_it(data: Pat
         assert asked != shown
 
 
-def test_a_worked_example_ends_in_its_answer_and_is_in_the_tasks_own_words(data: Path) -> None:
-    endings = {"chain_sum": "7", "leg_counting": "14", "products": "12"}
+def test_a_worked_example_ends_in_its_answer() -> None:
+    endings = {"chain_sum": "7", "products": "12", "simple_equations": "8"}
     assert {t: ANSWERS.extract(make_pool.TASKS[t].worked) for t in make_pool.TASKS} == endings
-    for prompt in read_pool(data / "pool.jsonl").prompts:
-        shown, asked = prompt.messages[0]["content"], prompt.messages[-1]["content"]
-        assert asked.split()[:4] == shown.split()[:4]
 
 
 def test_answers_lie_in_the_oracles_file_only_and_cover_the_pool(data: Path) -> None:
