@@ -27,7 +27,7 @@ class Task:
     """A generator of reasoning-gym and how this model is asked."""
 
     settings: dict[str, Any]
-    """Those under which this model's pass rates spread."""
+    """Easy ones: this model is to be right now and then."""
     question: str
     """A worked example, in the task's own words, which stands before every question."""
     worked: str
@@ -36,9 +36,9 @@ class Task:
 
 TASKS = {
     "chain_sum": Task(
-        {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
-        "State the final answer to the following arithmetic problem: 3 + 6 - 2 =",
-        "3 + 6 = 9, and 9 - 2 = 7. The answer is 7.",
+        {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+        "State the final answer to the following arithmetic problem: 3 + 6 =",
+        "3 + 6 = 9. The answer is 9.",
     ),
     "products": Task(
         {"min_digits": 1, "max_digits": 1},
