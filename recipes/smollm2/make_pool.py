@@ -27,7 +27,7 @@ class Task:
     """A generator of reasoning-gym and how this model is asked."""
 
     settings: dict[str, Any]
-    """Those under which this model's pass rates spread."""
+    """Easy ones: this model is to be right now and then."""
     question: str
     """A worked example, in the task's own words, which stands before every question."""
     worked: str
@@ -36,21 +36,26 @@ class Task:
 
 TASKS = {
     "chain_sum": Task(
-        {"min_terms": 2, "max_terms": 3, "min_digits": 1, "max_digits": 1},
-        "State the final answer to the following arithmetic problem: 3 + 6 - 2 =",
-        "3 + 6 = 9, and 9 - 2 = 7. The answer is 7.",
-    ),
-    "leg_counting": Task(
-        {"min_animals": 1, "max_animals": 2, "max_instances": 4},
-        "Your task is to count how many legs there are in total when given a list of animals.\n\n"
-        "Now, how many legs are there in total if you have 2 cats, 3 humans?",
-        "2 cats have 2 * 4 = 8 legs, and 3 humans have 3 * 2 = 6 legs. That is 8 + 6 = 14. "
-        "The answer is 14.",
+        {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1},
+        "State the final answer to the following arithmetic problem: 3 + 6 =",
+        "3 + 6 = 9. The answer is 9.",
     ),
     "products": Task(
         {"min_digits": 1, "max_digits": 1},
         "Solve the following multiplication: 3 * 4. Give only the result as your final answer.",
         "3 * 4 is 4 + 4 + 4 = 12. The answer is 12.",
+    ),
+    "simple_equations": Task(
+        {
+            "min_terms": 2,
+            "max_terms": 2,
+            "min_value": 1,
+            "max_value": 10,
+            "operators": ("+", "-"),
+            "operators_weights": (0.5, 0.5),
+        },
+        "Solve for x: x + 3 = 11",
+        "x = 11 - 3 = 8. The answer is 8.",
     ),
 }
 

@@ -32,8 +32,9 @@ LABEL_SHARE = 0.5
 """Most of the pool that may be labelled, probes included."""
 # fmt: off
 SCORE = [
-    "--rollouts", "5", "--temperature", "0.7", "--max-prompt-tokens", "128", "--max-tokens", "24",
-    "--part-size", "44", "--hidden-states",
+    "--rollouts", "5", "--temperature", "0.7", "--max-prompt-tokens", "256", "--max-tokens", "48",
+    # Rollouts have some 25 tokens: by the default of 32 nothing would be far back.
+    "--window", "8", "--part-size", "44", "--hidden-states",
 ]
 # fmt: on
 

@@ -21,6 +21,8 @@ def load(name: str) -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
+    # Where dataclasses look up the module of a class.
+    sys.modules[spec.name] = module
     path = list(sys.path)
     try:
         spec.loader.exec_module(module)
@@ -39,12 +41,12 @@ def make_model(folder: Path) -> Path:
 
 def invent_scores(run: RunDir, truth: Mapping[str, str]) -> None:
     """Prompt i of P is right in ever fewer rollouts, and more uncertain; `truth` is the answer by
-    the text of the prompt."""
+    the text of the last message."""
     pool = run.pool()
     rows: list[dict[str, Any]] = []
     for i, prompt in enumerate(pool):
         right = round(ROLLOUTS * (1 - i / len(pool)))
-        counts = [(truth[prompt.messages[0]["content"]], right), ("-1", ROLLOUTS - right)]
+        counts = [(truth[prompt.messages[-1]["content"]], right), ("-1", ROLLOUTS - right)]
         clusters = sorted(
             ({"answer": a, "count": c} for a, c in counts if c), key=lambda c: -c["count"]
         )

@@ -53,6 +53,19 @@ def test_the_pool_holds_distinct_prompts_of_three_tasks_in_equal_parts(data: Pat
     assert set(sources[:N]) == set(make_pool.TASKS)
 
 
+def test_every_question_follows_its_tasks_worked_example_and_is_not_it(data: Path) -> None:
+    for prompt in read_pool(data / "pool.jsonl").prompts:
+        task = make_pool.TASKS[prompt.data_source]
+        shown, worked, asked = (message["content"] for message in prompt.messages)
+        assert (shown, worked) == (task.question, task.worked)
+        assert asked != shown
+
+
+def test_a_worked_example_ends_in_its_answer() -> None:
+    endings = {"chain_sum": "9", "products": "12", "simple_equations": "8"}
+    assert {t: ANSWERS.extract(make_pool.TASKS[t].worked) for t in make_pool.TASKS} == endings
+
+
 def test_answers_lie_in_the_oracles_file_only_and_cover_the_pool(data: Path) -> None:
     assert all(set(row) == {"prompt", "data_source"} for row in rows(data / "pool.jsonl"))
     ids = [prompt.pt_id for prompt in read_pool(data / "pool.jsonl").prompts]
@@ -154,7 +167,7 @@ def summarised(data: Path, here: Path) -> dict[str, Any]:
     done("init", run, "--pool", data / "pool.jsonl", "--model", model, "--answers", kind)
     opened = RunDir.open(run)
     labels = {row["pt_id"]: row["label"] for row in rows(data / "answers.jsonl")}
-    truth = {prompt.messages[0]["content"]: labels[prompt.pt_id] for prompt in opened.pool()}
+    truth = {prompt.messages[-1]["content"]: labels[prompt.pt_id] for prompt in opened.pool()}
     recipe_scripts.invent_scores(opened, truth)
     opened.update_manifest(
         settings={"score": {"score": {"rollouts": 8, "temperature": 1.0, "max_tokens": 32}}}
@@ -202,10 +215,13 @@ def test_the_tables_show_every_task_and_estimator_with_its_interval(found: dict[
         assert sentence in made
 
 
-def test_the_committed_readmes_show_the_committed_results() -> None:
-    for recipe in ("quickstart", "smollm2"):
+def test_every_committed_result_is_what_its_readme_shows() -> None:
+    results = sorted(recipe_scripts.RECIPES.glob("*/results/summary.json"))
+    assert results
+    for result in results:
+        recipe = result.parents[1].name
         script = load(f"{recipe}/table")
-        text, made = script.README.read_text(), script.tables(json.loads(script.RESULT.read_text()))
+        text, made = script.README.read_text(), script.tables(json.loads(result.read_text()))
         assert readme_table.filled(text, recipe, made) == text, f"{recipe}/table.py --write"
 
 
