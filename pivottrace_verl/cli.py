@@ -20,7 +20,7 @@ import typer
 
 from pivottrace_verl import ui
 from pivottrace_verl.cli_annotate import annotate_app
-from pivottrace_verl.cli_base import AsJson, RunPath, Seed, opened, run_app, told
+from pivottrace_verl.cli_base import AsJson, RunPath, Seed, complain, opened, run_app, told
 from pivottrace_verl.cli_estimators import estimators
 from pivottrace_verl.cli_triage import export, probe, triage
 from pivottrace_verl.errors import PivotTraceError
@@ -125,6 +125,12 @@ def score(
         f"{sum(table['timed_out'].to_pylist())} timed out, "
         f"{sum(table['truncated'].to_pylist())} rollouts truncated."
     )
+    if tau == 0.0:
+        complain(
+            f"tau is 0: attention on tokens {window} or more back hardly ever changes, so pivots "
+            "say nothing here; score into a new run directory with a smaller --window.",
+            "warning",
+        )
 
 
 def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:

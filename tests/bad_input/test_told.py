@@ -85,6 +85,16 @@ def test_what_a_ledger_would_not_read_back_is_not_added(
     assert snapshot(world) == before
 
 
+def test_a_window_longer_than_the_rollouts_look_back_is_told(world: Path) -> None:
+    run = RunDir.open(world / "run")
+    run.update_manifest(detector={**run.manifest["detector"], "tau": 0.0})
+    ran = call("score {w}/run --part-size 16", world)
+    assert ran.status == 0, ran.err
+    assert ran.err.startswith("warning: tau is 0") and "--window" in ran.err, ran.err
+    run.update_manifest(detector={**run.manifest["detector"], "tau": 0.1})
+    assert not call("score {w}/run --part-size 16", world).err
+
+
 def test_a_torn_ledger_line_is_told_once_and_left_in_place(world: Path) -> None:
     ledger = world / "run" / "ledger.jsonl"
     ledger.write_bytes(ledger.read_bytes()[:-20])
