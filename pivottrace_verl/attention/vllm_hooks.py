@@ -37,6 +37,7 @@ from pivottrace_verl.attention.keys import PagedKeys
 from pivottrace_verl.attention.reference import (
     FLOOR,
     RowPlan,
+    ScoreRule,
     group_heads,
     plan_rows,
     row_statistics,
@@ -231,7 +232,7 @@ class Capture:
         if step.tokens is not None:
             query = query.index_select(0, step.tokens)
         keys = PagedKeys(kv_cache, self.layouts[position])
-        rows = row_statistics(query, keys, step.plan, layer.module.impl.scale)
+        rows = row_statistics(query, keys, step.plan, ScoreRule(layer.module.impl.scale))
         rows = rows.mean(1, keepdim=True) if self._all_heads else group_heads(rows, self.groups)
         self.store.write_layer(position, step.slots, rows)
         step.layers_done += 1
