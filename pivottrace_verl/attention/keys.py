@@ -31,8 +31,8 @@ class StridedKeys:
     """One layer's keys in place, in any order of memory."""
 
     view: torch.Tensor
-    """[blocks, block_size, H_kv, D], any strides: `cache[:, 0]` of [blocks, 2, block_size, H_kv, D],
-    `cache[..., :D].transpose(1, 2)` of [blocks, H_kv, block_size, 2 D]."""
+    """[blocks, block_size, H_kv, D], any strides: `cache[:, 0]` of [blocks, 2, ...] or
+    `cache[..., :D].transpose(1, 2)` of [blocks, H_kv, block_size, 2 D], say."""
     scale: torch.Tensor | None = None
     """[1] float32, what FP8 keys are multiplied by."""
 
