@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pivottrace_verl.attention import kernel
+from pivottrace_verl.attention import kernel_code
 
 POINTERS = {
     "query": "*bf16",
@@ -67,8 +67,8 @@ def main():
             "keys_size": 1,
         }
         merge = {"HEADS": 28, "HEADS_PADDED": 32, "LEARNT_SINKS": True}
-        print(name, "walk", usage(compiled(kernel._walk, capability, walk | shared, keys=keys)))
-        print(name, "merge", usage(compiled(kernel._merge, capability, merge | shared)))
+        print(name, "walk", usage(compiled(kernel_code.walk, capability, walk | shared, keys=keys)))
+        print(name, "merge", usage(compiled(kernel_code.merge, capability, merge | shared)))
 
 
 if __name__ == "__main__":
