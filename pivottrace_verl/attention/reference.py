@@ -94,6 +94,17 @@ def group_heads(statistics: torch.Tensor, groups: tuple[tuple[int, ...], ...]) -
     return torch.stack([statistics[:, list(group)].mean(1) for group in groups], dim=1)
 
 
+def needed_heads(
+    groups: tuple[tuple[int, ...], ...], n_heads: int
+) -> tuple[torch.Tensor | None, tuple[tuple[int, ...], ...]]:
+    """The heads that are in a group, None for all of them, and the groups by their places there."""
+    needed = sorted({head for group in groups for head in group})
+    if len(needed) == n_heads:
+        return None, groups
+    places = tuple(tuple(needed.index(head) for head in group) for group in groups)
+    return torch.tensor(needed), places
+
+
 @dataclass(frozen=True)
 class ScoreRule:
     """How a layer turns products of queries and keys into softmax scores."""
@@ -167,7 +178,11 @@ def plan_rows(
 
 
 def row_statistics(
-    query: torch.Tensor, keys: PagedKeys | StridedKeys, plan: RowPlan, rule: ScoreRule
+    query: torch.Tensor,
+    keys: PagedKeys | StridedKeys,
+    plan: RowPlan,
+    rule: ScoreRule,
+    heads: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Statistics of N rows over paged keys.
 
@@ -176,33 +191,45 @@ def row_statistics(
         keys: the layer's paged keys.
         plan: `plan_rows` of the same N rows.
         rule: the layer's.
+        heads: [H'] the query heads that are wanted; None: all.
     Returns:
-        [N, H, F] float32.
+        [N, H', F] float32.
     """
     elements = plan.blocks.shape[1] * keys.block_elements
     chunk = max(1, CHUNK_ELEMENTS // elements)
     if query.shape[0] <= chunk:
-        return _chunk_statistics(query, keys, plan, rule)
+        return _chunk_statistics(query, keys, plan, rule, heads)
     parts = []
     for start in range(0, query.shape[0], chunk):
         rows = slice(start, start + chunk)
-        parts.append(_chunk_statistics(query[rows], keys, plan.slice(rows), rule))
+        parts.append(_chunk_statistics(query[rows], keys, plan.slice(rows), rule, heads))
     return torch.cat(parts)
 
 
 def _chunk_statistics(
-    query: torch.Tensor, keys: PagedKeys | StridedKeys, plan: RowPlan, rule: ScoreRule
+    query: torch.Tensor,
+    keys: PagedKeys | StridedKeys,
+    plan: RowPlan,
+    rule: ScoreRule,
+    heads: torch.Tensor | None,
 ) -> torch.Tensor:
     n, n_heads, size = query.shape
     q = (query.float() * rule.scale).view(n, 1, keys.kv_heads, n_heads // keys.kv_heads, size)
     scores = torch.matmul(q, keys.take(plan.blocks))  # [N, B, H_kv, H / H_kv, block_size]
-    scores = scores.permute(0, 2, 3, 1, 4).reshape(n, n_heads, plan.mask.shape[-1])
+    scores = scores.permute(0, 2, 3, 1, 4)
+    sinks = rule.sinks
+    if heads is not None:
+        sharing = n_heads // keys.kv_heads
+        scores = scores[:, heads // sharing, heads % sharing]
+        sinks = None if sinks is None else sinks[heads]
+        n_heads = len(heads)
+    scores = scores.reshape(n, n_heads, plan.mask.shape[-1])
     if rule.soft_cap:
         scores.div_(rule.soft_cap).tanh_().mul_(rule.soft_cap)
     scores += plan.mask
     top = scores.amax(-1, keepdim=True)
     # Nothing is exponentiated above 0, however large the learnt sink is.
-    sink = None if rule.sinks is None else rule.sinks.float()[None, :, None].expand_as(top)
+    sink = None if sinks is None else sinks.float()[None, :, None].expand_as(top)
     shift = top if sink is None else torch.maximum(top, sink)
     scores.sub_(shift).clamp_min_(FLOOR)
     weights = scores.exp()
