@@ -4,7 +4,7 @@
     pivottrace score RUN            pivottrace probe RUN
     pivottrace annotate export RUN FILE      pivottrace annotate import RUN FILE
     pivottrace triage RUN           pivottrace train RUN            pivottrace report RUN
-    pivottrace export RUN FOLDER    pivottrace doctor
+    pivottrace export RUN FOLDER    pivottrace calibrate RUN        pivottrace doctor
 
 Contract: a verb can be killed and run again; bad input is one sentence on stderr and exit status
 2, and leaves every file as it was. Heavy libraries are imported by the verbs that need them.
@@ -20,6 +20,7 @@ import typer
 
 from pivottrace_verl import ui
 from pivottrace_verl.cli_annotate import annotate_app
+from pivottrace_verl.cli_attention import calibrate
 from pivottrace_verl.cli_base import AsJson, RunPath, Seed, complain, opened, run_app, told
 from pivottrace_verl.cli_estimators import estimators
 from pivottrace_verl.cli_triage import export, probe, triage
@@ -35,6 +36,7 @@ app = typer.Typer(
 )
 app.add_typer(annotate_app, name="annotate")
 app.command()(estimators)
+app.command()(calibrate)
 
 
 @app.command()
@@ -94,6 +96,7 @@ def score(
 ) -> None:
     """Roll out every prompt in vLLM with attention captured, and score its uncertainty."""
     from pivottrace_verl.attention.config import CaptureConfig
+    from pivottrace_verl.attention.heads import FILE, frozen_choice
     from pivottrace_verl.pivots import DetectorConfig
     from pivottrace_verl.scoring import ScoreConfig
     from pivottrace_verl.scoring import score as score_pool
@@ -107,11 +110,18 @@ def score(
         part_size=part_size,
         hidden_states=hidden_states,
     )
-    capture = CaptureConfig(layers=_numbers("--layers", layers), window=window)
+    named = _numbers("--layers", layers)
     detector = DetectorConfig(signal=signal, window=window, tau=tau)
     timings: dict[str, float] = {}
     with ExitStack() as stack:
         opened_run = opened(run, stack)
+        chosen = frozen_choice(opened_run)
+        if named is not None and chosen is not None:
+            raise PivotTraceError(
+                f"--layers names layers, but {run / FILE} holds those that were calibrated: leave "
+                "the option out, or remove the file."
+            )
+        capture = CaptureConfig(window=window, **(chosen or {"layers": named}))
         with ui.timed(timings, "score"), ui.Bar("score") as bar:
             score_pool(opened_run, config, capture, detector, bar.update)
         opened_run.update_manifest(timings=timings)

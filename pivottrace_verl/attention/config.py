@@ -40,6 +40,9 @@ class CaptureConfig:
     """Layers by index; None: two layers, evenly in the middle third of the model."""
     head_groups: tuple[tuple[int, ...], ...] | None = None
     """Query heads whose statistics are averaged, per group; None: one group of all heads."""
+    heads: tuple[tuple[int, ...], ...] | None = None
+    """Of each of `layers` the query heads whose statistics are averaged, in place of `head_groups`:
+    what `pivottrace calibrate` chooses."""
     window: int = 32
     """W in tokens: keys at least W back are long-range, distances are clipped at W."""
     sink: int = 4
@@ -60,6 +63,22 @@ class CaptureConfig:
             if not groups:
                 raise PivotTraceError("capture.head_groups must name at least one group of heads.")
             object.__setattr__(self, "head_groups", groups)
+        if self.heads is not None:
+            if isinstance(self.heads, str) or not isinstance(self.heads, Sequence):
+                raise PivotTraceError(
+                    f"capture.heads must be a list of lists of head numbers, not {self.heads!r}."
+                )
+            heads = tuple(_integers("heads", layer) for layer in self.heads)
+            object.__setattr__(self, "heads", heads)
+            if self.layers is None or len(self.layers) != len(heads):
+                raise PivotTraceError(
+                    f"capture.heads names heads of {len(heads)} layers, but capture.layers names "
+                    f"{0 if self.layers is None else len(self.layers)}."
+                )
+            if self.head_groups is not None:
+                raise PivotTraceError(
+                    "capture.heads and capture.head_groups exclude each other: leave one out."
+                )
         if not isinstance(self.window, int) or not 1 <= self.window <= 1024:
             raise PivotTraceError(f"capture.window must be in 1 to 1024 tokens, not {self.window}.")
         if not isinstance(self.sink, int) or self.sink < 0:
@@ -70,7 +89,12 @@ class CaptureConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        """The fields; `heads` only where they were chosen, so that settings kept before that was
+        possible are still the same settings."""
+        values = dataclasses.asdict(self)
+        if self.heads is None:
+            del values["heads"]
+        return values
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CaptureConfig":
@@ -113,17 +137,23 @@ class CaptureConfig:
             )
         return self.layers
 
-    def choose_heads(self, n_heads: int) -> tuple[tuple[int, ...], ...]:
-        """The head groups of a layer with `n_heads` query heads."""
-        if self.head_groups is None:
+    def choose_heads(self, n_heads: int, position: int = 0) -> tuple[tuple[int, ...], ...]:
+        """The head groups of a layer with `n_heads` query heads, the one at `position` among the
+        traced layers."""
+        groups: tuple[tuple[int, ...], ...]
+        if self.heads is not None:
+            name, groups = "heads", (self.heads[position],)
+        elif self.head_groups is not None:
+            name, groups = "head_groups", self.head_groups
+        else:
             return (tuple(range(n_heads)),)
-        bad = sorted({head for group in self.head_groups for head in group if head >= n_heads})
+        bad = sorted({head for group in groups for head in group if head >= n_heads})
         if bad:
             raise PivotTraceError(
-                f"capture.head_groups asks for head {', '.join(map(str, bad))}, but a layer of "
+                f"capture.{name} asks for head {', '.join(map(str, bad))}, but a layer of "
                 f"this model has {n_heads} query heads, 0 to {n_heads - 1}."
             )
-        return self.head_groups
+        return groups
 
 
 def _integers(name: str, values: Any) -> tuple[int, ...]:

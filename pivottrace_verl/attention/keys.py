@@ -1,7 +1,9 @@
-"""The keys as they lie in the KV cache of vLLM's CPU backend.
+"""The keys as they lie in vLLM's KV cache.
 
-The cache of a layer is [blocks, H_kv, block_size, 2 D]. The first half of each (block, head) holds
-the keys, the second the values, each in an order that suits the instruction set vLLM chose:
+`StridedKeys` reads keys that are a view of the cache, as in vLLM's GPU backends; `PagedKeys` those
+of its CPU backend. There the cache of a layer is [blocks, H_kv, block_size, 2 D]. The first half of
+each (block, head) holds the keys, the second the values, each in an order that suits the
+instruction set vLLM chose:
 
 - `columns` ("vec" and its kin): one column a token, [D, block_size]
   (csrc/cpu/cpu_attn_vec.hpp, reshape_and_cache);
@@ -25,8 +27,33 @@ LAYOUTS = ("columns", "amx")
 
 
 @dataclass(frozen=True)
+class StridedKeys:
+    """One layer's keys in place, in any order of memory."""
+
+    view: torch.Tensor
+    """[blocks, block_size, H_kv, D], any strides: `cache[:, 0]` of [blocks, 2, ...] or
+    `cache[..., :D].transpose(1, 2)` of [blocks, H_kv, block_size, 2 D], say."""
+    scale: torch.Tensor | None = None
+    """[1] float32, what FP8 keys are multiplied by."""
+
+    @property
+    def block_elements(self) -> int:
+        """Numbers of all heads' keys in one block."""
+        return int(self.view[0].numel())
+
+    @property
+    def kv_heads(self) -> int:
+        return int(self.view.shape[2])
+
+    def take(self, blocks: torch.Tensor) -> torch.Tensor:
+        """Keys of blocks [N, B] as float32 [N, B, H_kv, D, block_size]."""
+        keys = self.view[blocks].permute(0, 1, 3, 4, 2).float()
+        return keys if self.scale is None else keys * self.scale
+
+
+@dataclass(frozen=True)
 class PagedKeys:
-    """One layer's keys in place."""
+    """One layer's keys in place, in the CPU backend's cache."""
 
     cache: torch.Tensor
     """[blocks, H_kv, block_size, 2 D], contiguous."""

@@ -82,16 +82,24 @@ def make_tiny_model(
 ) -> Any:
     """A random four-layer model with grouped queries and head size 32, saved without tokenizer.
 
-    `architecture` is llama or qwen2. Weights are drawn wide enough that attention is far from
-    uniform, so that a wrong row could not pass for a right one.
+    `architecture` is llama, qwen2 or gemma2 (soft caps, every other layer slides). Weights are
+    drawn wide enough that attention is far from uniform, so that a wrong row could not pass for a
+    right one.
     """
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+    from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
 
-    config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    }[architecture]
+    config_class = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma2": Gemma2Config}[
+        architecture
+    ]
+    own: dict[str, Any] = {}
+    if architecture == "gemma2":
+        own = {
+            "head_dim": 32,
+            "query_pre_attn_scalar": 32,
+            "attn_logit_softcapping": 5.0,
+            "sliding_window": 64,
+        }
     config = config_class(
         vocab_size=384,
         hidden_size=128,
@@ -104,10 +112,11 @@ def make_tiny_model(
         bos_token_id=None,
         eos_token_id=1,
         pad_token_id=0,
+        **own,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = model_class(config).float().eval()
+        model = AutoModelForCausalLM.from_config(config).float().eval()
     model.save_pretrained(directory)
     return model
 

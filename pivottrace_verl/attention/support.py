@@ -103,7 +103,8 @@ def find_layers(vllm_config: Any, kv_cache_config: Any, config: CaptureConfig) -
         refuse("the layers to trace lie in different KV cache groups; choose layers of one kind")
     if len({layer.n_heads for layer in chosen}) > 1:
         refuse("the layers to trace have different numbers of heads; choose layers of one kind")
-    config.choose_heads(chosen[0].n_heads)
+    for position, layer in enumerate(chosen):
+        config.choose_heads(layer.n_heads, position)
     return chosen
 
 
@@ -118,8 +119,6 @@ def _problem(layer: TracedLayer) -> str | None:
         return f"has a quantised KV cache ({impl.kv_cache_dtype}), which cannot be read"
     if impl.sliding_window != -1:
         return f"attends to a sliding window of {impl.sliding_window} tokens, not supported yet"
-    if impl.logits_soft_cap:
-        return "caps its attention logits, which is not supported yet"
     if impl.alibi_slopes is not None:
         return "uses ALiBi, which is not supported"
     if impl.sinks is not None:

@@ -37,7 +37,9 @@ from pivottrace_verl.attention.keys import PagedKeys
 from pivottrace_verl.attention.reference import (
     FLOOR,
     RowPlan,
+    ScoreRule,
     group_heads,
+    needed_heads,
     plan_rows,
     row_statistics,
 )
@@ -146,12 +148,22 @@ class Capture:
         self.layers = layers
         self.layouts = [key_layout(layer) for layer in layers]
         self.config = config
-        self.groups = config.choose_heads(layers[0].n_heads)
-        self._all_heads = self.groups == (tuple(range(layers[0].n_heads)),)
+        self.groups = [
+            config.choose_heads(layer.n_heads, position) for position, layer in enumerate(layers)
+        ]
+        self._heads = [
+            needed_heads(groups, layer.n_heads)
+            for groups, layer in zip(self.groups, layers, strict=True)
+        ]
+        impls = [layer.module.impl for layer in layers]
+        self._rules = [ScoreRule(impl.scale, impl.logits_soft_cap) for impl in impls]
         block_size = kv_cache_config.kv_cache_groups[layers[0].group].kv_cache_spec.block_size
         self._block_size = block_size
         self.store = SlotStore(
-            kv_cache_config.num_blocks * block_size, len(layers), len(self.groups), len(FEATURES)
+            kv_cache_config.num_blocks * block_size,
+            len(layers),
+            len(self.groups[0]),
+            len(FEATURES),
         )
         self.tracker = Tracker(self.store, block_size, layers[0].group, sender.trace)
         self._expecting = False
@@ -159,13 +171,14 @@ class Capture:
         self._batch: tuple[list[str], torch.Tensor, torch.Tensor] = ([], *[torch.empty(0)] * 2)
 
     def describe(self) -> dict[str, Any]:
-        first = self.layers[0]
+        first, chosen = self.layers[0], self.config.heads
         return {
             "backend": first.backend,
             "isa": first.isa,
             "key_layout": self.layouts[0],
             "layers": [layer.index for layer in self.layers],
-            "head_groups": [list(group) for group in self.groups],
+            "head_groups": None if chosen else [list(group) for group in self.groups[0]],
+            "heads": chosen and [list(heads) for heads in chosen],
             "features": list(FEATURES),
             "dtype": str(first.module.kv_cache.dtype).removeprefix("torch."),
             "block_size": self._block_size,
@@ -226,13 +239,14 @@ class Capture:
             if self._step is None:
                 self._expecting = False
                 return
-        step, layer = self._step, self.layers[position]
+        step, (heads, groups) = self._step, self._heads[position]
         query = query[: metadata.num_actual_tokens]
         if step.tokens is not None:
             query = query.index_select(0, step.tokens)
         keys = PagedKeys(kv_cache, self.layouts[position])
-        rows = row_statistics(query, keys, step.plan, layer.module.impl.scale)
-        rows = rows.mean(1, keepdim=True) if self._all_heads else group_heads(rows, self.groups)
+        rows = row_statistics(query, keys, step.plan, self._rules[position], heads)
+        one = len(groups) == 1 and len(groups[0]) == rows.shape[1]
+        rows = rows.mean(1, keepdim=True) if one else group_heads(rows, groups)
         self.store.write_layer(position, step.slots, rows)
         step.layers_done += 1
 

@@ -141,7 +141,7 @@ NAMES = (
             ("isa", "the instruction set whose key layout is read, for messages"),
             ("is_fp8_kv_cache", "a quantised cache is refused"),
             ("sliding_window", "sliding windows are refused; -1 means none"),
-            ("logits_soft_cap", "soft caps are refused; 0 means none"),
+            ("logits_soft_cap", "the soft cap of the scores; 0 means none"),
             ("alibi_slopes", "ALiBi is refused"),
             ("sinks", "learnt sinks are refused"),
         )

@@ -18,6 +18,18 @@ def test_a_config_survives_json():
     assert CaptureConfig.from_json(config.to_json()) == config
 
 
+def test_each_layer_can_have_heads_of_its_own():
+    config = CaptureConfig(layers=(3, 1), heads=((0, 2), (1,)))
+    assert CaptureConfig.from_json(config.to_json()) == config
+    assert [config.choose_heads(4, i) for i in range(2)] == [((0, 2),), ((1,),)]
+    with pytest.raises(PivotTraceError, match=r"capture.heads asks for head 2, .* 2 query heads"):
+        config.choose_heads(2, 0)
+
+
+def test_settings_without_chosen_heads_are_those_of_runs_before_there_was_a_choice():
+    assert "heads" not in CaptureConfig().to_dict()
+
+
 def test_lists_are_taken_as_tuples():
     config = CaptureConfig.from_dict({"layers": [1, 2], "head_groups": [[0], [1, 2]]})
     assert config == CaptureConfig(layers=(1, 2), head_groups=((0,), (1, 2)))
@@ -33,6 +45,11 @@ def test_lists_are_taken_as_tuples():
         ({"layers": [-1]}, "distinct whole numbers"),
         ({"head_groups": []}, "at least one group"),
         ({"head_groups": 3}, "list of lists"),
+        ({"heads": [[0]]}, "names heads of 1 layers, but capture.layers names 0"),
+        ({"heads": [[0]], "layers": [1, 2]}, "names heads of 1 layers, but capture.layers names 2"),
+        ({"heads": 3, "layers": [1]}, "list of lists"),
+        ({"heads": [[]], "layers": [1]}, "distinct whole numbers"),
+        ({"heads": [[0]], "layers": [1], "head_groups": [[0]]}, "exclude each other"),
         ({"window": 0}, "1 to 1024"),
         ({"sink": -1}, "0 or more"),
         ({"wire": "int8"}, "float32, float16"),

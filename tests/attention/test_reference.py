@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pivottrace_verl.attention.config import CaptureConfig
-from pivottrace_verl.attention.keys import LAYOUTS, PagedKeys, find_layout
+from pivottrace_verl.attention.keys import LAYOUTS, PagedKeys, StridedKeys, find_layout
 from pivottrace_verl.attention.reference import (
+    ScoreRule,
     dense_statistics,
     group_heads,
     plan_rows,
@@ -17,7 +18,7 @@ from pivottrace_verl.attention.reference import (
 )
 from pivottrace_verl.pivots import FEATURES
 
-SCALE = 0.25
+RULE = ScoreRule(scale=0.25)
 
 
 def put(cache, layout, block, head, offset, key):
@@ -51,12 +52,30 @@ def make_pages(lengths, kv_heads, size, block_size, seed, layout="columns", spre
     return keys, PagedKeys(cache, layout), table
 
 
-def dense(query, keys, position, prompt, config):
+def as_view(pages):
+    """The same keys as a view without an order of its own: [blocks, block_size, H_kv, D]."""
+    n_blocks, kv_heads, block_size, double = pages.cache.shape
+    size, head = double // 2, block_size * double
+    strides = (kv_heads * head, 1, head, block_size)
+    return StridedKeys(pages.cache.as_strided((n_blocks, block_size, kv_heads, size), strides))
+
+
+def dense(query, keys, position, prompt, config, rule=RULE, sliding_window=None):
     """Dense statistics of one query [H, D] over keys [H_kv, S, D]: [H, F]."""
     k = keys.repeat_interleave(query.shape[0] // keys.shape[0], 0)[:, : position + 1].double()
-    scores = torch.einsum("hd,hsd->hs", query.double(), k) * SCALE
-    rows = scores.softmax(-1)[:, None], scores.logsumexp(-1)[:, None]
-    return dense_statistics(*rows, torch.tensor([position]), prompt, config)[0]
+    scores = torch.einsum("hd,hsd->hs", query.double(), k) * rule.scale
+    if rule.soft_cap:
+        scores = rule.soft_cap * torch.tanh(scores / rule.soft_cap)
+    if sliding_window is not None:
+        scores[:, : max(0, position + 1 - sliding_window)] = -torch.inf
+    if rule.sinks is None:
+        rows, learnt = scores.softmax(-1), None
+    else:
+        scores = torch.cat([scores, rule.sinks.double()[:, None]], 1)
+        rows, learnt = scores.softmax(-1)[:, :-1], scores.softmax(-1)[:, -1:]
+    lse = scores.logsumexp(-1)[:, None]
+    position = torch.tensor([position])
+    return dense_statistics(rows[:, None], lse, position, prompt, config, learnt)[0]
 
 
 def worst(found, expected, config):
@@ -75,25 +94,44 @@ def worst(found, expected, config):
     block_size=st.sampled_from([16, 32, 128]),
     window=st.sampled_from([1, 8, 32]),
     sink=st.integers(0, 6),
-    layout=st.sampled_from(LAYOUTS),
+    layout=st.sampled_from([*LAYOUTS, "strided"]),
+    soft_cap=st.sampled_from([0.0, 0.0, 2.0]),
+    sliding_window=st.sampled_from([None, None, 1, 40]),
+    learnt=st.sampled_from([None, None, 0.0, 100.0]),
     data=st.data(),
 )
-def test_paged_rows_equal_dense_rows(lengths, heads, size, block_size, window, sink, layout, data):
+def test_paged_rows_equal_dense_rows(
+    lengths, heads, size, block_size, window, sink, layout, soft_cap, sliding_window, learnt, data
+):
     config = CaptureConfig(window=window, sink=sink)
     n_heads, kv_heads = heads
     seed = data.draw(st.integers(0, 1000))
-    keys, pages, table = make_pages(lengths, kv_heads, size, block_size, seed, layout)
+    stored = "columns" if layout == "strided" else layout
+    keys, pages, table = make_pages(lengths, kv_heads, size, block_size, seed, stored)
+    if layout == "strided":
+        pages = as_view(pages)
     # Any row of any request, several of one request too: that is a chunk of a prompt.
     rows = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=8))
     positions = [data.draw(st.integers(0, lengths[r] - 1)) for r in rows]
     prompts = [data.draw(st.integers(1, lengths[r] + 2)) for r in rows]
-    query = torch.randn(len(rows), n_heads, size, generator=torch.Generator().manual_seed(seed))
+    g = torch.Generator().manual_seed(seed)
+    query = torch.randn(len(rows), n_heads, size, generator=g)
+    sinks = None if learnt is None else learnt + torch.randn(n_heads, generator=g)
+    rule = ScoreRule(0.25, soft_cap, sinks)
     plan = plan_rows(
-        table[rows], torch.tensor(positions), torch.tensor(prompts), block_size, config
+        table[rows],
+        torch.tensor(positions),
+        torch.tensor(prompts),
+        block_size,
+        config,
+        sliding_window,
     )
-    found = row_statistics(query, pages, plan, SCALE)
+    found = row_statistics(query, pages, plan, rule)
     expected = torch.stack(
-        [dense(query[i], keys[r], positions[i], prompts[i], config) for i, r in enumerate(rows)]
+        [
+            dense(query[i], keys[r], positions[i], prompts[i], config, rule, sliding_window)
+            for i, r in enumerate(rows)
+        ]
     )
     assert found.shape == (len(rows), n_heads, len(FEATURES))
     assert worst(found, expected, config) < 2e-5
@@ -105,9 +143,9 @@ def test_a_chunk_of_rows_gives_the_same_numbers_as_all_at_once(monkeypatch):
     positions, prompts = torch.tensor([99, 69, 2]), torch.tensor([10, 60, 3])
     query = torch.randn(3, 4, 32, generator=torch.Generator().manual_seed(1))
     plan = plan_rows(table, positions, prompts, 32, config)
-    whole = row_statistics(query, pages, plan, SCALE)
+    whole = row_statistics(query, pages, plan, RULE)
     monkeypatch.setattr("pivottrace_verl.attention.reference.CHUNK_ELEMENTS", 1)
-    assert torch.allclose(row_statistics(query, pages, plan, SCALE), whole, atol=1e-6)
+    assert torch.allclose(row_statistics(query, pages, plan, RULE), whole, atol=1e-6)
 
 
 def test_ratios_keep_their_accuracy_when_the_sink_takes_almost_everything():
@@ -118,7 +156,7 @@ def test_ratios_keep_their_accuracy_when_the_sink_takes_almost_everything():
     keys[0][0, 0] = 8.0
     put(pages.cache, "columns", int(table[0, 0]), 0, 0, torch.full((8,), 8.0))
     plan = plan_rows(table, torch.tensor([119]), torch.tensor([20]), 32, config)
-    found = row_statistics(query, pages, plan, SCALE)[0]
+    found = row_statistics(query, pages, plan, RULE)[0]
     expected = dense(query[0], keys[0], 119, 20, config)
     assert 1e-6 < 1 - float(expected[0, FEATURES.index("sink_mass")]) < 1e-4
     assert worst(found, expected, config) < 1e-5
@@ -129,10 +167,10 @@ def test_keys_beyond_a_row_do_not_count_however_large():
     _, pages, table = make_pages([40], 1, 8, 32, 0)
     query = torch.randn(1, 2, 8, generator=torch.Generator().manual_seed(0))
     plan = plan_rows(table, torch.tensor([10]), torch.tensor([5]), 32, config)
-    before = row_statistics(query, pages, plan, SCALE)
+    before = row_statistics(query, pages, plan, RULE)
     for offset in range(11, 32):
         put(pages.cache, "columns", int(table[0, 0]), 0, offset, torch.full((8,), 1e6))
-    assert torch.equal(row_statistics(query, pages, plan, SCALE), before)
+    assert torch.equal(row_statistics(query, pages, plan, RULE), before)
 
 
 def test_uniform_attention_gives_the_values_counted_by_hand():
@@ -153,6 +191,20 @@ def test_uniform_attention_gives_the_values_counted_by_hand():
     buckets = [found[f"bucket_{b}"] for b in range(16)]
     assert buckets[:5] == pytest.approx([0.1, 0.1, 0.2, 0.4, 0.2])
     assert sum(buckets) == pytest.approx(1)
+
+
+def test_a_learnt_sink_takes_its_share_and_has_no_place():
+    # Five keys of 1/10 each, the learnt sink has the other half.
+    config = CaptureConfig(window=3, sink=1)
+    a, half = torch.full((1, 1, 5), 0.1), torch.tensor([[0.5]])
+    rows = dense_statistics(a, torch.zeros(1, 1), torch.tensor([4]), 2, config, half)
+    found = dict(zip(FEATURES, rows[0, 0].tolist(), strict=True))
+    assert found["entropy"] == pytest.approx(0.5 * math.log(10) + 0.5 * math.log(2))
+    assert found["max_prob"] == pytest.approx(0.1)
+    assert found["sink_mass"] == pytest.approx(0.6)
+    assert found["prompt_mass"] == pytest.approx(0.2)
+    assert found["long_mass"] == pytest.approx(1 / 4)  # key 1 of 1..4
+    assert sum(found[f"bucket_{b}"] for b in range(16)) == pytest.approx(0.5)
 
 
 def test_the_last_prompt_row_has_no_response_keys_and_says_zero():

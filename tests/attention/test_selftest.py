@@ -3,7 +3,12 @@
 import pytest
 
 from pivottrace_verl.attention.config import ENV_DISABLE
-from pivottrace_verl.attention.selftest import N_TOKENS, PROMPT_LENGTHS, run_selftest
+from pivottrace_verl.attention.selftest import (
+    N_TOKENS,
+    PROMPT_LENGTHS,
+    make_tiny_model,
+    run_selftest,
+)
 from pivottrace_verl.errors import PivotTraceError
 
 
@@ -13,6 +18,16 @@ def test_the_self_test_finds_capture_equal_to_dense_attention():
     assert result["backend"] == "CPU_ATTN"
     assert result["rows"] == N_TOKENS * len(PROMPT_LENGTHS)
     assert result["missing"] == 0
+    assert result["max_abs_error"] <= 1e-4
+    assert result["greedy_identical"] is True
+
+
+@pytest.mark.vllm
+def test_soft_caps_are_captured_and_sliding_layers_passed_over(tmp_path):
+    make_tiny_model(tmp_path, "gemma2")
+    result = run_selftest(tmp_path)
+    assert result["layers"] == [1, 3]
+    assert result["rows"] == N_TOKENS * len(PROMPT_LENGTHS)
     assert result["max_abs_error"] <= 1e-4
     assert result["greedy_identical"] is True
 

@@ -107,7 +107,6 @@ def make_configs(layers, groups=None):
         ({"dtype": torch.float8_e4m3fn}, "quantised KV cache"),
         ({"is_fp8_kv_cache": True}, "quantised KV cache"),
         ({"sliding_window": 16}, "sliding window of 16"),
-        ({"logits_soft_cap": 30.0}, "caps its attention logits"),
         ({"alibi_slopes": torch.ones(4)}, "ALiBi"),
         ({"sinks": torch.ones(4)}, "attention sinks"),
     ],

@@ -1,0 +1,247 @@
+"""What capturing attention costs: decoding with it, beside stock decoding and the alternatives.
+
+    python -m tests.bench.attention --out FILE.json [--quick]
+
+Engines of their own processes take turns on the same prompts: `off` (stock), `layers_2` and
+`layers_4` (captured), `copy_2` (forward hooks that copy each request's queries and keys of two
+layers at every step, as vllm-lens does; its softmax afterwards is not counted). Reported are median
+ratios of decoding speed to `off` in the same round, and the time inside our hooks. Beside them: a
+Hugging Face eager forward with `output_attentions` over the same tokens, the reference's time as
+the context grows, the store's bytes a token, and, as a model and not a measurement, the share of
+bytes that capture would add to a decode step on a GPU.
+
+Weights are random, shapes are SmolLM2-135M's. Speeds are meaningful on an idle machine only: the
+load while it ran is in the file.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from pivottrace_verl.doctor import versions
+from pivottrace_verl.files import write_json_atomic
+from tests.bench.attention_engine import MARK
+from tests.bench.models import SHAPES, write_model
+
+ROOT = Path(__file__).resolve().parents[2]
+MODES = ("off", "layers_2", "layers_4", "copy_2")
+LEAST = {"layers_2": 0.97, "layers_4": 0.95}
+"""Wanted of the short batch, in every dtype: decoding speed over that of `off`."""
+BATCHES = {"short": (16, 64, 128), "long": (4, 1984, 64)}
+"""Requests, prompt tokens, generated tokens."""
+QUICK = {"short": (4, 16, 24), "long": (2, 256, 16)}
+
+
+class Child:
+    """One engine in a process of its own, generating when told to."""
+
+    def __init__(self, mode: str, model: Path, dtype: str, longest: int) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.bench.attention_engine", mode, str(model), dtype,
+             str(longest)],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )  # fmt: skip
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps(request) + "\n")
+        self.process.stdin.flush()
+        for line in self.process.stdout:
+            if line.startswith(MARK):
+                answer: dict[str, Any] = json.loads(line.removeprefix(MARK))
+                return answer
+        raise SystemExit(f"an engine ended with status {self.process.wait()}")
+
+    def close(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def alternate(
+    model: Path, dtype: str, batches: dict[str, tuple[int, int, int]], rounds: int, vocabulary: int
+) -> dict[str, Any]:
+    """Every mode in every round, in turns; the first round warms up and is left out."""
+    longest = max(prompt + new for _, prompt, new in batches.values())
+    children = {mode: Child(mode, model, dtype, longest) for mode in MODES}
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {
+        name: {mode: [] for mode in MODES} for name in batches
+    }
+    for turn in range(rounds + 1):
+        for name, (n, prompt, new) in batches.items():
+            for mode in MODES[turn % len(MODES) :] + MODES[: turn % len(MODES)]:
+                answer = children[mode].ask(
+                    seed=turn, vocabulary=vocabulary, n=n, prompt=prompt, new=new
+                )
+                if turn:
+                    found[name][mode].append(answer)
+                print(f"{dtype} {name} round {turn} {mode}: {answer}", flush=True)
+    for child in children.values():
+        child.close()
+    return {name: summary(runs, batches[name]) for name, runs in found.items()}
+
+
+def summary(runs: dict[str, list[dict[str, Any]]], batch: tuple[int, int, int]) -> dict[str, Any]:
+    stock = runs["off"]
+    out: dict[str, Any] = {"requests": batch[0], "prompt": batch[1], "new": batch[2], "modes": {}}
+    for mode, own in runs.items():
+        ratios = [a["step"] and b["step"] / a["step"] for a, b in zip(own, stock, strict=True)]
+        out["modes"][mode] = {
+            "step_ms": round(1e3 * median(run["step"] for run in own), 3),
+            "speed_over_off": round(median(ratios), 4),
+            "speed_over_off_each": [round(ratio, 4) for ratio in ratios],
+            "hooks_ms": round(1e3 * median(run["hooks"] for run in own), 3),
+            "traced": sum(run["traced"] for run in own),
+        }
+    return out
+
+
+def eager_seconds(model: Path, batch: tuple[int, int, int], vocabulary: int) -> float:
+    """A Hugging Face forward with `output_attentions` over one batch's prompts and outputs."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    n, prompt, new = batch
+    net = AutoModelForCausalLM.from_pretrained(
+        model, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    ids = torch.randint(8, vocabulary, (n, prompt + new - 1))
+    took = []
+    with torch.no_grad():
+        for _ in range(3):
+            start = time.perf_counter()
+            net.base_model(ids, output_attentions=True, use_cache=False)
+            took.append(time.perf_counter() - start)
+    return median(took)
+
+
+def context_cost(shape: dict[str, Any], contexts: list[int], n: int) -> dict[str, Any]:
+    """The reference's time a layer, for `n` rows of the shape, as the context grows."""
+    import torch
+
+    from pivottrace_verl.attention.config import CaptureConfig
+    from pivottrace_verl.attention.keys import PagedKeys
+    from pivottrace_verl.attention.reference import ScoreRule, plan_rows, row_statistics
+
+    size, block = shape["head_dim"], 32
+    query = torch.randn(n, shape["num_attention_heads"], size)
+    milliseconds = []
+    for context in contexts:
+        blocks = context // block
+        cache = torch.randn(n * blocks, shape["num_key_value_heads"], block, 2 * size)
+        table = torch.randperm(n * blocks).view(n, blocks)
+        positions = torch.full((n,), context - 1)
+        plan = plan_rows(table, positions, positions // 4, block, CaptureConfig())
+        took = []
+        for _ in range(9):
+            start = time.perf_counter()
+            row_statistics(query, PagedKeys(cache, "columns"), plan, ScoreRule(size**-0.5))
+            took.append(time.perf_counter() - start)
+        milliseconds.append(round(1e3 * median(took), 3))
+    return {
+        "rows": n,
+        "contexts": contexts,
+        "ms_per_layer": milliseconds,
+        # 1 is linear; below it, what does not grow with the keys still counts.
+        "growth_over_linear": round(
+            milliseconds[-1] / milliseconds[0] / (contexts[-1] / contexts[0]), 3
+        ),
+    }
+
+
+def store_bytes(layers: int) -> int:
+    """Bytes of the store a token, one head group."""
+    from pivottrace_verl.attention.store import SlotStore
+    from pivottrace_verl.pivots import FEATURES
+
+    store = SlotStore(64, layers, 1, len(FEATURES))
+    return sum(t.numel() * t.element_size() for t in (store.stats, store.tokens, store.owner)) // 64
+
+
+MODELS = {
+    # layers, KV heads, head size, parameters in billions
+    "Qwen2.5-7B": (28, 4, 128, 7.62),
+    "Qwen3-8B": (36, 8, 128, 8.19),
+}
+
+
+def byte_model(name: str, requests: int, context: int, traced: int) -> float:
+    """Key bytes that capture reads over the bytes of a decode step (16-bit weights and KV)."""
+    layers, kv_heads, size, billions = MODELS[name]
+    keys = kv_heads * size * 2 * context * requests
+    return traced * keys / (2 * layers * keys + 2 * billions * 1e9)
+
+
+def measure(folder: Path, quick: bool, rounds: int, dtypes: list[str]) -> dict[str, Any]:
+    shape = SHAPES["tiny" if quick else "smollm2-135m"]
+    write_model(folder, "tiny" if quick else "smollm2-135m")
+    batches = QUICK if quick else BATCHES
+    contexts = [256, 512, 1024] if quick else [256, 512, 1024, 2048, 4096]
+    load_before = os.getloadavg()[0]
+    decoding = {
+        dtype: alternate(folder, dtype, batches, rounds, shape["vocab_size"]) for dtype in dtypes
+    }
+    eager = eager_seconds(folder, batches["short"], shape["vocab_size"])
+    _, _, new = batches["short"]
+    stock = decoding[dtypes[0]]["short"]["modes"]["off"]["step_ms"] * (new - 1) / 1e3
+    return {
+        "quick": quick,
+        "rounds": rounds,
+        "decoding": decoding,
+        "wanted": LEAST,
+        "hf_output_attentions": {
+            "seconds_per_batch": round(eager, 3),
+            "over_decoding_the_batch": round(eager / stock, 3),
+        },
+        "context": context_cost(shape, contexts, 4 if quick else 16),
+        "store_bytes_per_token": {str(n): store_bytes(n) for n in (1, 2, 4)},
+        "byte_model_not_measured": {
+            f"{name}, {requests} x {context}, {traced} layers": round(
+                byte_model(name, requests, context, traced), 4
+            )
+            for name in MODELS
+            for requests, context in ((64, 2048), (256, 4096))
+            for traced in (2, 4)
+        },
+        "cores": os.cpu_count(),
+        "load_before": round(load_before, 2),
+        "load": round(os.getloadavg()[0], 2),
+        "machine": platform.machine(),
+        "versions": versions(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--dtypes", default="float32,bfloat16")
+    parser.add_argument("--quick", action="store_true", help="a tiny model: does it work at all?")
+    asked = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="pivottrace-bench-") as folder:
+        rounds = 1 if asked.quick else asked.rounds
+        found = measure(Path(folder), asked.quick, rounds, asked.dtypes.split(","))
+    write_json_atomic(asked.out, found)
+    missed = [
+        f"{dtype} {mode}"
+        for dtype, batches in found["decoding"].items()
+        for mode, least in LEAST.items()
+        if batches["short"]["modes"][mode]["speed_over_off"] < least
+    ]
+    print(f"{asked.out}; below what is wanted: {', '.join(missed) or 'nothing'}")
+    sys.exit(bool(missed) and not asked.quick)
+
+
+if __name__ == "__main__":
+    main()
