@@ -17,7 +17,7 @@ from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.dataset.rl_dataset import collate_fn
 
-from pivottrace_verl.curriculum import Curriculum, Item
+from pivottrace_verl.curriculum import Curriculum, CurriculumConfig, Item
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.training import queue
 from pivottrace_verl.training.metrics import step_metrics
@@ -44,11 +44,8 @@ class PivotTrainerMixin(PPOTrainer):
         super()._init_dataloader()
         settings = self.config.pivottrace.curriculum
         self.curriculum = Curriculum(
-            items=dataset_items(self.train_dataset),
-            batch_size=self.config.data.train_batch_size,
-            order=settings.order,
-            seed=settings.seed,
-            annotate_share=settings.annotate_share,
+            dataset_items(self.train_dataset),
+            CurriculumConfig(batch_size=self.config.data.train_batch_size, **settings),
         )
         self.train_dataloader = StatefulDataLoader(
             dataset=self.train_dataset,
