@@ -186,15 +186,16 @@ def train(
         nnodes=nodes,
     )
     timings: dict[str, float] = {}
-    with ExitStack() as stack:
-        opened_run = opened(run, stack)
-        with ui.timed(timings, "train"), ui.Bar("train") as bar:
-            bar.update(0, steps, "starting verl")
+    opened_run = RunDir.open(run)
+    with ui.timed(timings, "train"), ui.Bar("train") as bar:
+        bar.update(0, steps, "starting verl")
 
-            def on_step(step: int, metrics: dict[str, float]) -> None:
-                bar.update(step, steps, _headline(metrics))
+        def on_step(step: int, metrics: dict[str, float]) -> None:
+            bar.update(step, steps, _headline(metrics))
 
-            result = train_run(opened_run, config, context.args, on_step)
+        result = train_run(opened_run, config, context.args, on_step)
+    # Labels may be coming in at this moment.
+    with opened_run.lock(wait=60.0):
         opened_run.update_manifest(timings=timings)
     ui.say(f"{result['steps']} steps done; the model is in {run / result['checkpoint']}.")
 

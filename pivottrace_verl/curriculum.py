@@ -17,6 +17,7 @@ large the pool. A batch is `batch_size` draws in a row: where verl replaces grou
 Axes: P prompts; R = 2 routes.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -91,22 +92,31 @@ class Curriculum:
 
     def update(
         self,
-        pt_ids: Sequence[str],
         *,
         annotate: NDArray[np.bool_],
         resting: NDArray[np.bool_],
         uncertainty: NDArray[np.float64],
     ) -> None:
-        """Move prompts [N]: their routes, whether they rest, their uncertainty (finite). What is
-        left of the pass is laid out anew; nothing that was drawn in it comes again."""
+        """Move the prompts [P], in the order of their rows in the data set: their routes, whether
+        they rest, their uncertainty (finite). What is left of the pass is laid out anew; nothing
+        that was drawn in it comes again."""
+        self._route = np.where(annotate, ANNOTATE, SELF_TRAIN).astype(np.int8)
+        self._resting = resting.copy()
+        self._u = uncertainty.copy()
+        self._changed()
+
+    def labelled(self, pt_ids: Sequence[str]) -> None:
+        """The labels of these prompts are there: they are on route annotate and at rest no more."""
         places = self._places.of(pt_ids)
+        self._route[places] = ANNOTATE
+        self._resting[places] = False
+        self._changed()
+
+    def _changed(self) -> None:
         done = np.zeros(len(self._u), dtype=bool) if self._done is None else self._done
         for queue, taken in zip(self._queue, self._taken, strict=True):
             done[queue[:taken]] = True
         self._done = done
-        self._route[places] = np.where(annotate, ANNOTATE, SELF_TRAIN)
-        self._resting[places] = resting
-        self._u[places] = uncertainty
         self._updates += 1
         self._by_uncertainty = None
         self._lay_out()
@@ -197,9 +207,24 @@ class Curriculum:
                 if values:
                     self._last[f"{route}/{name}"] = sum(values) / len(values)
 
-    def route_of(self, index: int) -> str:
-        """The present route of a row of the data set; at rest it keeps the one it had."""
-        return ROUTES[self._route[self._places.at(index)]]
+    def route_of(self, pt_id: str) -> str:
+        """The prompt's present route; at rest it has one, too."""
+        return ROUTES[self._route[self._places.of([pt_id])[0]]]
+
+    def uncertainty_of(self, pt_ids: Sequence[str]) -> NDArray[np.float64]:
+        """[N] ids -> [N] present uncertainties."""
+        return np.asarray(self._u[self._places.of(pt_ids)], dtype=np.float64)
+
+    def rows_of(self, pt_ids: Sequence[str]) -> list[int]:
+        """[N] ids -> [N] rows of the data set."""
+        rows: list[int] = self._items.index[self._places.of(pt_ids)].tolist()
+        return rows
+
+    def reach(self) -> float:
+        """The largest uncertainty of a self_train prompt that is not at rest; infinity if there is
+        none."""
+        voted = (self._route == SELF_TRAIN) & ~self._resting
+        return float(self._u[voted].max()) if voted.any() else math.inf
 
     def metrics(self) -> dict[str, float]:
         """Flat floats under `curriculum/`: passes, prompts drawn by route, prompts at rest, draws

@@ -105,10 +105,9 @@ def items_of(items: Items | Sequence[Item]) -> Items:
 
 
 class Places:
-    """Where prompts stand, found by their id or by their row in the data set."""
+    """Where prompts stand, found by their id."""
 
     def __init__(self, items: Items) -> None:
-        self._index = items.index
         self.by_id: NDArray[np.intp] = np.argsort(items.pt_id, kind="stable")
         """[P] the places in the order of the ids."""
         self._ids = items.pt_id[self.by_id]
@@ -133,7 +132,3 @@ class Places:
                 f"{len(unknown)} prompts are not in the curriculum (first: {asked[unknown[0]]})."
             )
         return np.asarray(self.by_id[at], dtype=np.intp)
-
-    def at(self, index: int) -> int:
-        """The place of a row of the data set."""
-        return int(np.searchsorted(self._index, index))

@@ -259,14 +259,14 @@ def test_a_scheduled_share_moves_from_its_start_to_its_end():
     assert counts[0] == 0 and counts == sorted(counts) and counts[10:] == [10] * 10
 
 
-def moved(curriculum, ids, route="self_train", resting=False, uncertainty=0.5):
-    n = len(ids)
-    curriculum.update(
-        ids,
-        annotate=np.full(n, route == "annotate"),
-        resting=np.full(n, resting),
-        uncertainty=np.full(n, uncertainty),
-    )
+def move(curriculum, n, chosen, route="self_train", resting=False, uncertainty=0.5):
+    """The chosen prompts move, the other stay as `make_items(0, n)` or earlier moves left them."""
+    state = curriculum.state_dict()["moved"]
+    routes = np.array([curriculum.route_of(f"id{i:03d}") == "annotate" for i in range(n)])
+    u = np.linspace(1, 0, n) if state is None else state["uncertainty"]
+    rests = np.zeros(n, dtype=bool)
+    routes[chosen], rests[chosen], u[chosen] = route == "annotate", resting, uncertainty
+    curriculum.update(annotate=routes, resting=rests, uncertainty=u)
 
 
 @quick
@@ -277,9 +277,8 @@ def test_after_an_update_the_rest_of_the_pass_comes_once_and_a_resumed_run_agree
     n = sum(numbers)
     curriculum = make(make_items(*numbers), **spec)
     first = take(curriculum, before % n)
-    ids = [f"id{i:03d}" for i in range(n)]
-    chosen = data.draw(st.lists(st.sampled_from(ids), unique=True))
-    moved(curriculum, chosen, data.draw(st.sampled_from(["annotate", "self_train"])))
+    chosen = data.draw(st.lists(st.integers(0, n - 1), unique=True))
+    move(curriculum, n, chosen, data.draw(st.sampled_from(["annotate", "self_train"])))
     again = make(make_items(*numbers), **spec)
     again.load_state_dict(copy.deepcopy(curriculum.state_dict()))
     rest = take(curriculum, n - len(first) + n)
@@ -293,7 +292,7 @@ def test_prompts_at_rest_come_once_in_as_many_passes_as_revisit_says(numbers, sp
     n = sum(numbers)
     curriculum = make(make_items(*numbers), **spec, revisit=revisit)
     resting = list(range(0, n, 2))
-    moved(curriculum, [f"id{i:03d}" for i in resting], resting=True)
+    move(curriculum, n, resting, resting=True)
     awake = n - len(resting)
     drawn = Counter(take(curriculum, awake * revisit + len(resting)))
     assert all(drawn[i] == (1 if i in resting else revisit) for i in range(n))
@@ -302,6 +301,14 @@ def test_prompts_at_rest_come_once_in_as_many_passes_as_revisit_says(numbers, sp
 def test_an_update_changes_the_order_by_uncertainty_and_the_route():
     curriculum = make(make_items(3, 3), 2, "easy_to_hard")
     assert take(curriculum, 2) == [5, 4]
-    moved(curriculum, ["id000"], "self_train", uncertainty=0.0)
+    move(curriculum, 6, [0], "self_train", uncertainty=0.0)
     assert take(curriculum, 4) == [0, 3, 2, 1]
-    assert (curriculum.route_of(0), curriculum.route_of(1)) == ("self_train", "annotate")
+    assert tuple(map(curriculum.route_of, ("id000", "id001"))) == ("self_train", "annotate")
+
+
+def test_a_prompt_whose_label_came_is_at_rest_no_more():
+    curriculum = make(make_items(0, 6), 2)
+    move(curriculum, 6, [2, 3], resting=True)
+    curriculum.labelled(["id003"])
+    assert curriculum.route_of("id003") == "annotate"
+    assert 3 in take(curriculum, 5)
