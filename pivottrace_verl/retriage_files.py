@@ -92,7 +92,7 @@ class LabelFeed:
     def arrived(self, step: int) -> dict[str, str]:
         """pt_id -> label of those that come into use at this step; they are logged first."""
         now = _stat(self._ledger.path)
-        held = any(at > step for at in self._arrivals.values())
+        held = any(pt_id not in self._used for pt_id in self._arrivals)
         if now == self._state and not held:
             return {}
         self._state = now
