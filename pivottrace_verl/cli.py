@@ -211,6 +211,8 @@ def _headline(metrics: dict[str, float]) -> str:
             shown.append(f"{route} reward {metrics[f'pivottrace/{route}/reward']:.2f}")
     if "pivottrace/self_train/agreement" in metrics:
         shown.append(f"agreement {metrics['pivottrace/self_train/agreement']:.2f}")
+    if metrics.get("pivottrace/guard/verdicts"):
+        shown.append(f"collapse guard {metrics['pivottrace/guard/verdicts']:.0f}x")
     if "timing_s/step" in metrics:
         shown.append(f"{metrics['timing_s/step']:.1f} s")
     return ", ".join(shown)

@@ -9,7 +9,6 @@ logging and validation are verl's.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -30,8 +29,6 @@ from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.training import queue
 from pivottrace_verl.training.sampler import CurriculumSampler
 from pivottrace_verl.training.steering import Steering, SteeringConfig
-
-logger = logging.getLogger(__name__)
 
 
 class PivotTrainerMixin(PPOTrainer):
@@ -87,8 +84,7 @@ class PivotTrainerMixin(PPOTrainer):
 
     def prepare_step(self) -> Any:
         # Before the step's prompts are drawn, so that a label that arrived is used from here on.
-        for sentence in self.steering.begin(self.global_steps):
-            logger.warning(sentence)
+        tell(self.steering.begin(self.global_steps))
         return super().prepare_step()
 
     def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
@@ -115,13 +111,18 @@ class PivotTrainerMixin(PPOTrainer):
         ours, sentences = self.steering.end(self.global_steps, queue.records(batch))
         metrics.update(ours)
         metrics.update(self._scales)
-        for sentence in sentences:
-            logger.warning(sentence)
+        tell(sentences)
         return batch
 
 
 class PivotTrainerSync(PivotTrainerMixin, PPOTrainerSync):
     """The synchronous V1 trainer with PivotTrace switched on."""
+
+
+def tell(sentences: Sequence[str]) -> None:
+    """Into the job's log, as verl prints its own: loggers are muted by what the job imports."""
+    for sentence in sentences:
+        print(f"pivottrace: {sentence}", flush=True)
 
 
 def advantage_scales(rows: Sequence[Any], routes: Sequence[str | None]) -> dict[str, float]:
