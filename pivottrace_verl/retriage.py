@@ -16,7 +16,7 @@ prompts; a label itself is never seen here.
 Smoothing: seen again after `age` steps, a value becomes keep * old + (1 - keep) * new with
 keep = smoothing * 2^(-age / half_life): the longer ago, the less the old one says of this policy.
 
-Axes: P prompts of training; M >= P prompts with those that have a label beside them.
+Axes: P prompts of training; M >= P prompts with the probes that are not trained on.
 """
 
 from __future__ import annotations
@@ -101,8 +101,9 @@ class Retriage:
         config: RetriageConfig,
     ) -> None:
         """`pool` [M] has a row for each prompt of training, these first (P = `n_trained`), and for
-        each labelled prompt: columns pt_id, n_rollouts, truncated, unparseable, timed_out, cost,
-        data_source, and the estimator of `triage_config`, whose direction is decided.
+        each probe: columns pt_id, n_rollouts, truncated, unparseable, timed_out, cost, data_source,
+        and the estimator of `triage_config`, whose direction is decided. Labels of other prompts
+        count against the budget, but not against their source's quota.
 
         Raises PivotTraceError if training does not measure the estimator, or nothing caps the
         labels that may be asked for.

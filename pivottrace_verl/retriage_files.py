@@ -58,13 +58,13 @@ def start_retriage(run: RunDir, pt_ids: Sequence[str], config: RetriageConfig) -
             f"{at.null_count} training prompts are not in the run {run.path} (first: {stranger}): "
             "pivottrace.run must be the run directory that the training files were made from."
         )
-    labelled = np.asarray(pc.is_in(ids, value_set=pa.array(list(labels), pa.string())))
-    labelled[np.asarray(at)] = False
-    rows = pa.array(np.concatenate([np.asarray(at), np.flatnonzero(labelled)]))
-    table = table.append_column("cost", plan["cost"])
-    table = table.append_column("data_source", run.pool_table(["data_source"])["data_source"])
     wanted = set(run.probes()["pt_ids"])
     probed = {pt_id: label for pt_id, label in labels.items() if pt_id in wanted}
+    beside = np.array(pc.is_in(ids, value_set=pa.array(sorted(wanted), pa.string())))
+    beside[np.asarray(at)] = False
+    rows = pa.array(np.concatenate([np.asarray(at), np.flatnonzero(beside)]))
+    table = table.append_column("cost", plan["cost"])
+    table = table.append_column("data_source", run.pool_table(["data_source"])["data_source"])
     answered = run.scores(columns=["pt_id", "n_rollouts", "answers", "majority"])
     answered = answered.filter(pc.is_in(ids, value_set=pa.array(list(probed), pa.string())))
     found = outcomes(answered, probed, run.manifest["answers"]["kind"])

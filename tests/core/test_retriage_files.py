@@ -32,6 +32,13 @@ def test_prompts_of_another_run_are_refused(run: RunDir) -> None:
         start_retriage(run, [*trained(run), "feed"], CONFIG)
 
 
+def test_labels_that_came_since_do_not_keep_a_run_from_going_on(run: RunDir) -> None:
+    before = start_retriage(run, trained(run), CONFIG)
+    left = next(p.pt_id for p in run.pool() if p.pt_id not in trained(run))
+    bought(run, left)
+    start_retriage(run, trained(run), CONFIG).load_state_dict(before.state_dict())
+
+
 def test_true_answers_in_the_pool_that_were_not_bought_change_nothing(tmp_path: Path) -> None:
     decided = []
     for name, hidden in (("plain", "41"), ("poisoned", "nonsense")):
