@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,14 +65,7 @@ class Items:
             np.where(names == ROUTES[0], 0, 1).astype(np.int8),
             np.asarray(uncertainty, dtype=np.float64)[by_index],
         )
-        twice = np.flatnonzero(items.index[1:] == items.index[:-1])
-        if len(twice):
-            value = items.index[twice[0]]
-            times = int((items.index == value).sum())
-            raise PivotTraceError(
-                f"The curriculum got the index {value} {times} times: every prompt must be there "
-                "once."
-            )
+        _check_once("index", items.index)
         strange = np.flatnonzero(~np.isin(names, ROUTES))
         if len(strange):
             raise PivotTraceError(
@@ -104,6 +98,16 @@ def items_of(items: Items | Sequence[Item]) -> Items:
     )
 
 
+def _check_once(what: str, ascending: NDArray[Any]) -> None:
+    twice = np.flatnonzero(ascending[1:] == ascending[:-1])
+    if len(twice):
+        value = ascending[twice[0]]
+        raise PivotTraceError(
+            f"The curriculum got the {what} {value} {int((ascending == value).sum())} times: every "
+            "prompt must be there once."
+        )
+
+
 class Places:
     """Where prompts stand, found by their id."""
 
@@ -111,14 +115,7 @@ class Places:
         self.by_id: NDArray[np.intp] = np.argsort(items.pt_id, kind="stable")
         """[P] the places in the order of the ids."""
         self._ids = items.pt_id[self.by_id]
-        twice = np.flatnonzero(self._ids[1:] == self._ids[:-1])
-        if len(twice):
-            value = self._ids[twice[0]]
-            times = int((self._ids == value).sum())
-            raise PivotTraceError(
-                f"The curriculum got the pt_id {value} {times} times: every prompt must be there "
-                "once."
-            )
+        _check_once("pt_id", self._ids)
 
     def of(self, pt_ids: Sequence[str]) -> NDArray[np.intp]:
         """[N] ids -> [N] places. PivotTraceError, naming the first, if some are not there."""

@@ -118,7 +118,7 @@ class Steering:
 
     def _find_gauge(self) -> None:
         self._reach = self.curriculum.reach()
-        if not (self.curriculum.uncertainty_of(sorted(self._labelled)) <= self._reach).any():
+        if not (self.curriculum.uncertainty_of(list(self._labelled)) <= self._reach).any():
             self._reach = float("inf")
 
     def _gauge(self, group: Observed) -> bool:

@@ -1,7 +1,7 @@
 """The weights of the routes."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pivottrace_verl.errors import PivotTraceError
@@ -38,6 +38,7 @@ def test_a_measured_weight_is_the_part_of_the_vote_that_teaches():
     assert mixing.accuracy() == pytest.approx((9 / 4 + 5) / (10 / 4 + 10))
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.integers(0, 8).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))),
     st.floats(0, 0.99),

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pivottrace_verl.answers import TIMED_OUT, Answer, get_answers
@@ -184,6 +184,7 @@ def test_a_policy_that_does_not_exist_is_refused_in_a_sentence(policy: Any, said
         VotePolicy(**policy)
 
 
+quick = settings(deadline=None)
 votes = st.lists(
     st.tuples(st.sampled_from(["1", "2", "3", None]), st.none() | st.floats(0, 1)),
     min_size=1,
@@ -204,6 +205,7 @@ def held(rollouts: Sequence[tuple[Any, Any]], policy: dict[str, Any]) -> Verdict
     return verdict(answers, weights=weights, **policy)
 
 
+@quick
 @given(votes, policies, st.randoms())
 def test_rewards_do_not_depend_on_the_order_of_the_rollouts(
     rollouts: list[tuple[Any, Any]], policy: dict[str, Any], random: Any
@@ -217,6 +219,7 @@ def test_rewards_do_not_depend_on_the_order_of_the_rollouts(
         assert getattr(shuffled, name) == getattr(straight, name)
 
 
+@quick
 @given(votes, policies, st.permutations(["1", "2", "3"]))
 def test_rewards_do_not_depend_on_what_the_answers_are_called(
     rollouts: list[tuple[Any, Any]], policy: dict[str, Any], names: list[str]
@@ -228,6 +231,7 @@ def test_rewards_do_not_depend_on_what_the_answers_are_called(
     assert renamed.target == other.get(plain.target or "")
 
 
+@quick
 @given(votes, policies, st.integers(2, 3))
 def test_every_rollout_twice_gives_each_the_same_reward(
     rollouts: list[tuple[Any, Any]], policy: dict[str, Any], times: int
@@ -238,6 +242,7 @@ def test_every_rollout_twice_gives_each_the_same_reward(
     assert (often.outcome, often.target) == (once.outcome, once.target)
 
 
+@quick
 @given(st.integers(1, 4), st.integers(2, 3), policies)
 def test_a_tie_for_the_top_never_gives_a_target(
     each: int, top: int, policy: dict[str, Any]
@@ -246,6 +251,7 @@ def test_a_tie_for_the_top_never_gives_a_target(
     assert held([*answers, (None, 0.5)], policy).target is None
 
 
+@quick
 @given(votes, policies)
 def test_equal_weights_vote_as_none(
     rollouts: list[tuple[Any, Any]], policy: dict[str, Any]
