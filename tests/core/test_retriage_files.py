@@ -33,10 +33,11 @@ def test_prompts_of_another_run_are_refused(run: RunDir) -> None:
 
 
 def test_labels_that_came_since_do_not_keep_a_run_from_going_on(run: RunDir) -> None:
-    before = start_retriage(run, trained(run), CONFIG)
-    left = next(p.pt_id for p in run.pool() if p.pt_id not in trained(run))
-    bought(run, left)
-    start_retriage(run, trained(run), CONFIG).load_state_dict(before.state_dict())
+    *ids, outside = trained(run)
+    before = start_retriage(run, ids, CONFIG)
+    bought(run, outside)
+    bought(run, ids[-1])
+    start_retriage(run, ids, CONFIG).load_state_dict(before.state_dict())
 
 
 def test_true_answers_in_the_pool_that_were_not_bought_change_nothing(tmp_path: Path) -> None:
