@@ -222,9 +222,13 @@ class Curriculum:
 
     def reach(self) -> float:
         """The largest uncertainty of a self_train prompt that is not at rest; infinity if there is
-        none."""
-        voted = (self._route == SELF_TRAIN) & ~self._resting
-        return float(self._u[voted].max()) if voted.any() else math.inf
+        none, or no annotate prompt that is at most as uncertain."""
+        awake = ~self._resting
+        voted = self._u[(self._route == SELF_TRAIN) & awake]
+        known = self._u[(self._route == ANNOTATE) & awake]
+        if not len(voted) or not (known <= voted.max()).any():
+            return math.inf
+        return float(voted.max())
 
     def metrics(self) -> dict[str, float]:
         """Flat floats under `curriculum/`: passes, prompts drawn by route, prompts at rest, draws

@@ -8,7 +8,7 @@ label ever comes. A ranking that the probes do not confirm any more changes noth
 What it decides depends on values, on which prompts have a label, and on outcomes of labelled
 prompts; a label itself is never seen here.
 
-    retriage = Retriage(pool, probes, triage_config, RetriageConfig(enable=True, every=20))
+    retriage = Retriage(pool, probes, triage_config, RetriageConfig(enable=True, every=50))
     retriage.observe(step, groups)
     if retriage.due(step):
         moves = retriage.move(labelled, spent)
@@ -46,7 +46,7 @@ class RetriageConfig:
     """Off, the plan's routes stay, as in the paper."""
 
     enable: bool = False
-    every: int = 20
+    every: int = 50
     """Steps between two re-triages."""
     smoothing: float = 0.5
     """What an old value keeps if it is measured again at once, in [0, 1)."""
@@ -167,12 +167,12 @@ class Retriage:
     def move(self, labelled: Sequence[str], spent: float) -> Moves:
         """The routes as the values stand now.
 
-        `labelled` are the prompts whose label was bought and is used by now, `spent` what all
-        labels have cost.
+        `labelled` are the prompts, each once, whose label was bought and is used by now, `spent`
+        what all labels have cost.
         """
-        bought = set(labelled)
-        promised = [pt_id for pt_id in self._asked if pt_id not in bought]
-        elsewhere = sum(pt_id not in self._place for pt_id in labelled)
+        have = np.asarray(pc.is_in(self._pool["pt_id"], value_set=pa.array(labelled, pa.string())))
+        promised = [pt_id for pt_id in self._asked if not have[self._place[pt_id]]]
+        elsewhere = len(labelled) - int(have.sum())
         budget = self._triage.budget
         config = dataclasses.replace(
             self._triage, budget=None if budget is None else max(0, budget - elsewhere)
@@ -198,7 +198,7 @@ class Retriage:
         asked = plan.to_buy()
         self._asked += asked
         rows = plan.rows.slice(0, self._n_trained)
-        owned = np.asarray(pc.is_in(rows["pt_id"], value_set=pa.array(labelled, pa.string())))
+        owned = have[: self._n_trained]
         to_label = np.asarray(pc.equal(rows["route"], "annotate"))
         voted = np.asarray(pc.equal(rows["route"], "self_train"))
         moves = Moves(

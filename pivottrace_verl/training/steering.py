@@ -112,14 +112,9 @@ class Steering:
             self._retriage = start_retriage(self._run, ids, config.retriage)
             self._feed = LabelFeed(self._run, set(ids) - self._labelled)
         self._left = self._budget_left()
-        self._find_gauge()
+        self._reach = self.curriculum.reach()
         self.seconds = 0.0
         """Spent here since the latest `end`."""
-
-    def _find_gauge(self) -> None:
-        self._reach = self.curriculum.reach()
-        if not (self.curriculum.uncertainty_of(list(self._labelled)) <= self._reach).any():
-            self._reach = float("inf")
 
     def _gauge(self, group: Observed) -> bool:
         return bool(self.curriculum.uncertainty_of([group.pt_id])[0] <= self._reach)
@@ -139,7 +134,7 @@ class Steering:
             self.curriculum.labelled(list(new))
             self._labelled |= set(new)
             self._left = self._budget_left()
-            self._find_gauge()
+            self._reach = self.curriculum.reach()
         self.seconds += time.perf_counter() - start
         if not new:
             return []
@@ -216,7 +211,7 @@ class Steering:
         self.curriculum.update(
             annotate=moves.annotate, resting=moves.resting, uncertainty=moves.uncertainty
         )
-        self._find_gauge()
+        self._reach = self.curriculum.reach()
         counts = ", ".join(f"{n:.0f} {name}" for name, n in moves.counts().items())
         told = [f"Re-triage after step {step}: {counts}."]
         if moves.asked:
@@ -261,4 +256,4 @@ class Steering:
             self._retriage.load_state_dict(state["retriage"])
             self._feed.load_state_dict(state["labels"])
             self._labelled |= set(state["labels"]["used"])
-        self._find_gauge()
+        self._reach = self.curriculum.reach()

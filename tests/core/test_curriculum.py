@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from collections import Counter
 from itertools import islice
 
@@ -312,3 +313,10 @@ def test_a_prompt_whose_label_came_is_at_rest_no_more():
     curriculum.labelled(["id003"])
     assert curriculum.route_of("id003") == "annotate"
     assert 3 in take(curriculum, 5)
+
+
+def test_the_reach_is_that_of_the_self_train_prompts_if_an_annotate_prompt_is_within():
+    items = [Item(0, "a", "annotate", 0.4), Item(1, "s", "self_train", 0.5)]
+    assert make(items).reach() == 0.5
+    assert make([Item(0, "a", "annotate", 0.6), items[1]]).reach() == math.inf
+    assert make(items[:1]).reach() == math.inf
