@@ -83,6 +83,9 @@ class PivotTrainerMixin(PPOTrainer):
             self.replay_buffer.poll_interval = float(self.config.pivottrace.poll_interval_s)
 
     def prepare_step(self) -> Any:
+        if self.train_dataloader_it is None:
+            # A checkpoint's state is only taken in when the loader's iterator is made.
+            self.train_dataloader_it = iter(self.train_dataloader)
         # Before the step's prompts are drawn, so that a label that arrived is used from here on.
         tell(self.steering.begin(self.global_steps))
         return super().prepare_step()

@@ -110,6 +110,15 @@ def test_a_loader_goes_on_after_a_checkpoint_whatever_the_generation_batch(batch
     assert before + indices(islice(iter(second), 28 // batch)) == expected
 
 
+def test_a_checkpoint_is_taken_in_when_the_iterator_is_made_and_before_anything_is_drawn() -> None:
+    first, saved = make(4)
+    indices(islice(iter(first), 3))
+    second, resumed = make(4)
+    second.load_state_dict(first.state_dict())
+    iter(second)
+    assert resumed.curriculum.state_dict() == saved.curriculum.state_dict()
+
+
 def test_a_batch_has_labels_only_where_they_were_bought_and_rollouts_by_route() -> None:
     loader, _ = make(4)
     for batch in islice(iter(loader), 5):
