@@ -34,6 +34,8 @@ from pivottrace_verl.training.steering import Steering, SteeringConfig
 class PivotTrainerMixin(PPOTrainer):
     """Mix in front of one of verl's V1 trainers."""
 
+    train_dataloader_it: Any
+
     def _init_dataloader(self) -> None:
         if self.config.data.dataloader_num_workers != 0:
             raise PivotTraceError(
