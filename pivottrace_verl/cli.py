@@ -203,15 +203,16 @@ def train(
         nnodes=nodes,
     )
     timings: dict[str, float] = {}
-    with ExitStack() as stack:
-        opened_run = opened(run, stack)
-        with ui.timed(timings, "train"), ui.Bar("train") as bar:
-            bar.update(0, steps, "starting verl")
+    opened_run = RunDir.open(run)
+    with ui.timed(timings, "train"), ui.Bar("train") as bar:
+        bar.update(0, steps, "starting verl")
 
-            def on_step(step: int, metrics: dict[str, float]) -> None:
-                bar.update(step, steps, _headline(metrics))
+        def on_step(step: int, metrics: dict[str, float]) -> None:
+            bar.update(step, steps, _headline(metrics))
 
-            result = train_run(opened_run, config, context.args, on_step)
+        result = train_run(opened_run, config, context.args, on_step)
+    # Labels may be coming in at this moment.
+    with opened_run.lock(wait=60.0):
         opened_run.update_manifest(timings=timings)
     ui.say(f"{result['steps']} steps done; the model is in {run / result['checkpoint']}.")
 
@@ -227,6 +228,8 @@ def _headline(metrics: dict[str, float]) -> str:
             shown.append(f"{route} reward {metrics[f'pivottrace/{route}/reward']:.2f}")
     if "pivottrace/self_train/agreement" in metrics:
         shown.append(f"agreement {metrics['pivottrace/self_train/agreement']:.2f}")
+    if metrics.get("pivottrace/guard/verdicts"):
+        shown.append(f"collapse guard {metrics['pivottrace/guard/verdicts']:.0f}x")
     if "timing_s/step" in metrics:
         shown.append(f"{metrics['timing_s/step']:.1f} s")
     return ", ".join(shown)

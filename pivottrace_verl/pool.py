@@ -15,6 +15,7 @@ Axes: P prompts, G rollouts of a prompt.
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -185,23 +186,32 @@ class RunDir(RunFiles):
                 )
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the run directory; PivotTraceError if another process does."""
-        path = self.path / ".lock"
+    def lock(self, room: str = "", wait: float = 0.0) -> Iterator[None]:
+        """Hold the run directory, or only a folder of it, as training does while labels come in;
+        PivotTraceError if another process does, and still does after `wait` seconds."""
+        path = self.path / room / ".lock"
         try:
+            path.parent.mkdir(exist_ok=True)
             file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise PivotTraceError(
                 f"The run directory {self.path} cannot be locked: {os_reason(error)}."
             ) from error
         try:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                holder = os.pread(file, 32, 0).decode(errors="replace").strip() or "unknown"
-                raise PivotTraceError(
-                    f"Another process (pid {holder}) is working on the run directory {self.path}."
-                ) from error
+            deadline = time.monotonic() + wait
+            while True:
+                try:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError as error:
+                    if time.monotonic() < deadline:
+                        time.sleep(0.1)
+                        continue
+                    holder = os.pread(file, 32, 0).decode(errors="replace").strip() or "unknown"
+                    raise PivotTraceError(
+                        f"Another process (pid {holder}) is working on the run directory "
+                        f"{path.parent}."
+                    ) from error
             os.ftruncate(file, 0)
             os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
             for folder in (self.path, *map(self.path.joinpath, ("scores", "traces", "train"))):

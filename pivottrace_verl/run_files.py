@@ -154,12 +154,14 @@ class RunFiles:
             "belong into another one."
         )
 
-    def scores(self, *, rollouts: bool = True) -> pa.Table:
-        """One row a prompt, in the pool's order; columns of `SCORE_SCHEMA`. Without `rollouts`
-        that column, the bulk of the file, is not read."""
+    def scores(self, *, rollouts: bool = True, columns: list[str] | None = None) -> pa.Table:
+        """One row a prompt, in the pool's order; columns of `SCORE_SCHEMA`, or only `columns` of
+        them, pt_id among these. Without `rollouts` that column, the bulk of the file, is not
+        read."""
         self._need("scores.parquet", "scores")
-        columns = [name for name in SCORE_SCHEMA.names if rollouts or name != "rollouts"]
-        table = self._read_table("scores.parquet", self._made_from(), SCORE_SCHEMA, columns)
+        wanted = [name for name in SCORE_SCHEMA.names if rollouts or name != "rollouts"]
+        made_from = self._made_from()
+        table = self._read_table("scores.parquet", made_from, SCORE_SCHEMA, columns or wanted)
         return self._all_prompts("scores.parquet", table)
 
     # Probes and plan

@@ -10,16 +10,19 @@ leaves the group, so nobody waits for it for ever. Validation passes through unt
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
+import time
 from typing import Any
 from uuid import uuid4
 
+import numpy as np
 import ray
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
 from pivottrace_verl.answers import TIMED_OUT, get_answers
-from pivottrace_verl.training.groups import Verdict, VotePolicy, judge
+from pivottrace_verl.training.groups import DROPPED, Verdict, VotePolicy, judge
 
 # verl exports the Ray actor class; its methods live on the class underneath.
 _Worker: Any = AgentLoopWorkerTQ.__ray_metadata__.modified_class
@@ -31,12 +34,16 @@ class Group:
     def __init__(self, size: int) -> None:
         self._waiting_for = size
         self._arrived: dict[int, AgentLoopOutput] = {}
+        self._weights: dict[int, float | None] = {}
         self._complete = asyncio.Event()
         self._verdict: asyncio.Task[Verdict] | None = None
+        self.seconds = 0.0
+        """Spent on the verdict."""
 
-    def arrive(self, session: int, output: AgentLoopOutput) -> None:
-        """A scored rollout is in."""
+    def arrive(self, session: int, output: AgentLoopOutput, weight: float | None = None) -> None:
+        """A scored rollout is in; `weight` is that of its vote."""
         self._arrived[session] = output
+        self._weights[session] = weight
         self._count_down()
 
     def leave(self, session: int) -> None:
@@ -58,17 +65,22 @@ class Group:
         order = sorted(self._arrived)
         if self._verdict is None:
             infos = [self._arrived[s].extra_fields["reward_extra_info"] for s in order]
-            self._verdict = asyncio.ensure_future(
-                # Equivalence of mathematical answers can take milliseconds: off the event loop.
-                asyncio.to_thread(
-                    judge,
+
+            def decide() -> Verdict:
+                start = time.perf_counter()
+                verdict = judge(
                     [TIMED_OUT if i["timed_out"] else i["pred"] or None for i in infos],
                     [float(info["score"]) for info in infos],
                     labeled=labeled,
                     kind=kind,
                     policy=policy,
+                    weights=[self._weights[s] for s in order],
                 )
-            )
+                self.seconds = time.perf_counter() - start
+                return verdict
+
+            # Equivalence of mathematical answers can take milliseconds: off the event loop.
+            self._verdict = asyncio.ensure_future(asyncio.to_thread(decide))
         verdict = await self._verdict
         place = order.index(session)
         return verdict.rewards[place], verdict.timed_out[place], verdict
@@ -82,7 +94,9 @@ class PivotAgentLoopWorker(_Worker):
         settings = self.config.pivottrace
         self._kind = get_answers(settings.answers)
         self._policy = VotePolicy(**settings.vote)
-        self._weights = dict(settings.weights)
+        # A prompt that waits for its label has neither a label nor a vote that is trusted.
+        self._waiting = dataclasses.replace(self._policy, kind="verified_only")
+        self._logprobs = self._policy.kind == "weighted" or settings.retriage.enable
         self._capture = bool(settings.capture.enable)
         self._seed: int | None = settings.request_seed
         self._groups: dict[str, Group] = {}
@@ -145,26 +159,47 @@ class PivotAgentLoopWorker(_Worker):
         info = kwargs["extra_info"]
         await self._compute_score(outputs, kwargs=kwargs)
         final = outputs[-1]
-        group.arrive(session, final)
+        traced = final.extra_fields.pop("pivottrace", None) or {"traced": False}
+        logprob = mean_logprob(final) if self._logprobs else None
+        group.arrive(session, final, self._policy.weight_of(logprob, traced.get("pivots")))
+        waits = info["route"] == "annotate" and not info["labeled"]
         reward, timed_out, verdict = await group.reward(
-            session, labeled=info["labeled"], kind=self._kind, policy=self._policy
+            session,
+            labeled=info["labeled"],
+            kind=self._kind,
+            policy=self._waiting if waits else self._policy,
         )
         final.reward_score = reward
         # `score` and `acc` are what verl logs and filters groups by: they follow the reward used.
         final.extra_fields["reward_extra_info"].update(score=reward, acc=reward)
-        traced = final.extra_fields.pop("pivottrace", None) or {"traced": False}
         final.extra_fields["pivottrace"] = {
             **traced,
             "pt_id": info["pt_id"],
             "route": info["route"],
-            "weight": float(self._weights[info["route"]]),
+            "labeled": bool(info["labeled"]),
+            # The trainer multiplies it by the route's.
+            "weight": float(verdict.outcome != DROPPED),
             "reward": reward,
             "outcome": verdict.outcome,
             "timed_out": timed_out,
             "agreement": verdict.agreement,
+            "answer_entropy": verdict.answer_entropy,
             "majority_right": verdict.majority_right,
+            "votes": verdict.votes,
             "n_tokens": len(final.response_ids),
+            "logprob": logprob,
+            "vote_s": group.seconds / len(verdict.rewards),
         }
+
+
+def mean_logprob(output: AgentLoopOutput) -> float | None:
+    """Mean log-probability of the tokens that the policy generated; None where verl was not asked
+    for them (`rollout.calculate_log_probs`) or there is none."""
+    if not output.response_logprobs:
+        return None
+    values = np.asarray(output.response_logprobs, dtype=np.float64)
+    mask = np.asarray(output.response_mask[: len(values)], dtype=bool)
+    return float(values[mask].mean()) if mask.any() else None
 
 
 def request_seed(seed: int, pt_id: str, step: int, session: int) -> int:

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ def overrides(run: RunDir, config: TrainConfig, attempt_file: Path) -> list[str]
         "trainer.resume_mode": "auto",
         "trainer.n_gpus_per_node": config.n_gpus_per_node,
         "trainer.nnodes": config.nnodes,
+        "pivottrace.run": run.path.resolve(),
         "pivottrace.answers": run.manifest["answers"]["kind"],
         "pivottrace.curriculum.order": config.order,
         "pivottrace.curriculum.seed": config.seed,
@@ -117,13 +119,28 @@ def train(
 ) -> dict[str, Any]:
     """Run the job to its end and return what `train/done.json` holds.
 
-    Raises PivotTraceError if the run was trained from another plan or with other settings, or if
-    the job ends without reaching the last step; its log is named.
+    The whole run directory is held only while its training files are made; then only RUN/train
+    is, so that labels can be imported while the job runs. Raises PivotTraceError if the run was
+    trained from another plan or with other settings, or if the job ends without reaching the last
+    step; its log is named.
     """
     if config.order not in ORDERS:
         raise PivotTraceError(
             f"The curriculum's order is '{config.order}', but must be one of {', '.join(ORDERS)}."
         )
+    with ExitStack() as training:
+        with run.lock():
+            rows = _prepare(run, config, extra, training)
+        if rows is None:
+            return read_object(run.path / "train" / "done.json")
+        return _run_job(run, config, extra, rows, on_step)
+
+
+def _prepare(
+    run: RunDir, config: TrainConfig, extra: Sequence[str], training: ExitStack
+) -> tuple[int, int] | None:
+    """Lock RUN/train, write the training files there and return their numbers of rows; None if the
+    job is done."""
     folder = run.path / "train"
     asked = {
         "plan": run.stage_fingerprint("plan"),
@@ -143,12 +160,24 @@ def train(
                 f"{folder} holds a training run of another plan or other settings ({changed}): "
                 "repeat those, or remove the folder to train anew."
             )
-    done = folder / "done.json"
-    if done.exists():
-        return read_object(done)
+    if (folder / "done.json").exists():
+        return None
     run.model_path()
+    training.enter_context(run.lock("train"))
     rows = write_training_files(run, config.batch_size)
     write_json_atomic(started, asked)
+    return rows
+
+
+def _run_job(
+    run: RunDir,
+    config: TrainConfig,
+    extra: Sequence[str],
+    rows: tuple[int, int],
+    on_step: StepSeen,
+) -> dict[str, Any]:
+    """One attempt at the job, from verl's latest checkpoint on."""
+    folder = run.path / "train"
     attempt = len(list(folder.glob("metrics-*.jsonl")))
     attempt_file = folder.resolve() / f"metrics-{attempt:03d}.jsonl"
     command = [sys.executable, "-m", "pivottrace_verl.training.main_ppo"]
@@ -190,7 +219,7 @@ def train(
         "val_rows": rows[1],
         "attempts": attempt + 1,
     }
-    write_json_atomic(done, result)
+    write_json_atomic(folder / "done.json", result)
     return result
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import hydra
 import ray
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
@@ -24,6 +24,7 @@ from verl.utils.device import auto_set_device
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.plugin import disabled
 from pivottrace_verl.training.launch import DIE_WITH_PARENT
+from pivottrace_verl.training.steering import SteeringConfig
 
 _Runner: Any = TaskRunnerV1.__ray_metadata__.modified_class
 
@@ -78,6 +79,18 @@ def check(config: DictConfig) -> None:
     ):
         if wrong:
             raise PivotTraceError(sentence)
+    block: Any = OmegaConf.to_container(config.pivottrace, resolve=True)
+    vote = SteeringConfig.of(block, config.data.train_batch_size, rollout.n).vote
+    if vote.kind == "weighted" and vote.weight == "pivots" and not block["capture"]["enable"]:
+        raise PivotTraceError(
+            "pivottrace.vote.weight is pivots, but pivottrace.capture.enable is false, so no "
+            "rollout's pivots are known."
+        )
+    if vote.kind == "weighted" and vote.weight == "certainty" and not rollout.calculate_log_probs:
+        raise PivotTraceError(
+            "pivottrace.vote.weight is certainty, which needs "
+            "actor_rollout_ref.rollout.calculate_log_probs=true."
+        )
 
 
 def stock(config: DictConfig) -> DictConfig:
@@ -131,7 +144,8 @@ def main(config: DictConfig) -> None:
     try:
         run(config)
     except PivotTraceError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        # From another process, Ray wraps it in its own traceback.
+        print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr, flush=True)
         sys.stderr.flush()
         os._exit(2)
 

@@ -12,17 +12,18 @@ from typing import Any
 
 import numpy as np
 
-from pivottrace_verl.training.groups import NO_VOTE
+from pivottrace_verl.training.groups import DROPPED, NO_VOTE, SOFT
 
 
 def step_metrics(records: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, float]:
     """Aggregate (uid, record) pairs.
 
     Per route: `prompts`, `rollouts`, `reward` (mean), `mixed`, `all_right`, `all_wrong` (shares of
-    the groups; only mixed groups teach), `agreement`, `weight`, `timed_out` (share
-    of the rollouts whose answer could not be compared in time), `pivot_density` (over traced
-    rollouts); `no_vote` (share of groups without a target) for self_train and
-    `pseudo_label_accuracy` where labels exist. Over all: `pivottrace/capture/{traced,missed}`.
+    the groups: rewards differ, are all 1, all 0; only mixed groups teach), `agreement`, `weight`,
+    `timed_out` (share of the rollouts whose answer could not be compared in time), `pivot_density`
+    (over traced rollouts); for self_train `no_vote`, `soft` and `dropped` (shares of the groups,
+    by what became of a vote that was tied or weak), and `pseudo_label_accuracy` where labels exist.
+    Over all: `pivottrace/capture/{traced,missed}`.
     """
     routes: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
     traced = missed = 0
@@ -36,7 +37,8 @@ def step_metrics(records: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, flo
     }
     for route, groups in routes.items():
         rows = [row for group in groups.values() for row in group]
-        means = np.array([np.mean([row["reward"] for row in group]) for group in groups.values()])
+        rewards = [[row["reward"] for row in group] for group in groups.values()]
+        low, high = np.array([(min(group), max(group)) for group in rewards]).T
         first = [group[0] for group in groups.values()]
         densities = [row["pivot_density"] for row in rows if row["traced"]]
         known = [row["majority_right"] for row in first if row["majority_right"] is not None]
@@ -45,9 +47,9 @@ def step_metrics(records: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, flo
             "rollouts": float(len(rows)),
             "reward": float(np.mean([row["reward"] for row in rows])),
             "timed_out": float(np.mean([row["timed_out"] for row in rows])),
-            "mixed": float(np.mean((means > 0) & (means < 1))),
-            "all_right": float(np.mean(means == 1)),
-            "all_wrong": float(np.mean(means == 0)),
+            "mixed": float(np.mean(low < high)),
+            "all_right": float(np.mean(low == 1)),
+            "all_wrong": float(np.mean(high == 0)),
             "agreement": float(np.mean([row["agreement"] for row in first])),
             "weight": float(np.mean([row["weight"] for row in first])),
         }
@@ -56,6 +58,7 @@ def step_metrics(records: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, flo
         if known:
             values["pseudo_label_accuracy"] = float(np.mean(known))
         if route == "self_train":
-            values["no_vote"] = float(np.mean([row["outcome"] == NO_VOTE for row in first]))
+            for name in (NO_VOTE, SOFT, DROPPED):
+                values[name] = float(np.mean([row["outcome"] == name for row in first]))
         out.update({f"pivottrace/{route}/{name}": value for name, value in values.items()})
     return out

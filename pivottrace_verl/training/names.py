@@ -57,6 +57,12 @@ NAMES = (
         "advantages are scaled by route after it",
         ("self", "batch", "metrics"),
     ),
+    Name(f"{_TRAINER}.prepare_step", "labels that arrived are taken in before it", ("self",)),
+    Name(
+        f"{_TRAINER}._fetch_one_gen_batch",
+        "draws from `train_dataloader_it`, and makes it where it is None",
+        ("self",),
+    ),
     Name(f"{_TRAINER}.step", "records are read at its end", ("self", "metrics", "timing_raw")),
     Name(f"{_TRAINER}.on_init_end", "the poll interval is set after it", ("self",)),
     Name(

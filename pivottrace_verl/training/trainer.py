@@ -1,33 +1,40 @@
 """verl's V1 trainer with the curriculum in place of its sampler and both rewards in one batch.
 
-Three things change, each at the one place verl offers: the sampler of the train dataloader
-(`_init_dataloader`), advantages scaled by route (`_compute_advantage`; scaling a group's reward
-would cancel under GRPO's normalisation), and what each step reports (`step`). Checkpoints, logging
-and validation are verl's.
+Few things change, each at the one place verl offers: the sampler of the train dataloader and what
+its rows say (`_init_dataloader`), advantages scaled by route (`_compute_advantage`; scaling a
+group's reward would cancel under GRPO's normalisation), labels that arrive (`prepare_step`), and
+what each step teaches and reports (`step`). What is decided there, `steering` decides. Checkpoints,
+logging and validation are verl's.
 """
 
 from __future__ import annotations
 
-import logging
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
+from omegaconf import OmegaConf
 from torchdata.stateful_dataloader import StatefulDataLoader
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.dataset.rl_dataset import collate_fn
 
-from pivottrace_verl.curriculum import Curriculum, Item
+from pivottrace_verl.curriculum import ROUTES, Items
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.training import queue
-from pivottrace_verl.training.metrics import step_metrics
 from pivottrace_verl.training.sampler import CurriculumSampler
-
-logger = logging.getLogger(__name__)
+from pivottrace_verl.training.steering import Steering, SteeringConfig
 
 
 class PivotTrainerMixin(PPOTrainer):
     """Mix in front of one of verl's V1 trainers."""
+
+    train_dataloader_it: Any
 
     def _init_dataloader(self) -> None:
         if self.config.data.dataloader_num_workers != 0:
@@ -42,22 +49,34 @@ class PivotTrainerMixin(PPOTrainer):
                 "(pivottrace.curriculum.order=random gives a shuffled one)."
             )
         super()._init_dataloader()
-        settings = self.config.pivottrace.curriculum
-        self.curriculum = Curriculum(
-            items=dataset_items(self.train_dataset),
-            batch_size=self.config.data.train_batch_size,
-            order=settings.order,
-            seed=settings.seed,
-            annotate_share=settings.annotate_share,
-        )
+        items, labelled = dataset_items(self.train_dataset)
+        block: Any = OmegaConf.to_container(self.config.pivottrace, resolve=True)
+        batch_size, n = self.config.data.train_batch_size, self.config.actor_rollout_ref.rollout.n
+        config = SteeringConfig.of(block, batch_size, n)
+        self.steering = Steering(items, labelled, config, self._prompts)
+        self._scales: dict[str, float] = {}
         self.train_dataloader = StatefulDataLoader(
             dataset=self.train_dataset,
             batch_size=self.config.data.get("gen_batch_size") or self.config.data.train_batch_size,
             num_workers=0,
             drop_last=True,
-            collate_fn=collate_fn,
-            sampler=CurriculumSampler(self.curriculum, len(self.train_dataset)),
+            collate_fn=self._collate,
+            sampler=CurriculumSampler(self.steering, len(self.train_dataset)),
         )
+
+    def _collate(self, rows: list[dict[str, Any]]) -> Any:
+        return collate_fn([self.steering.dress(row) for row in rows])
+
+    def _prompts(self, rows: Sequence[int]) -> list[Mapping[str, Any]]:
+        found = [self.train_dataset.dataframe[row] for row in rows]
+        return [
+            {
+                "pt_id": row["extra_info"]["pt_id"],
+                "prompt": row[self.config.data.prompt_key],
+                "data_source": row["data_source"],
+            }
+            for row in found
+        ]
 
     def on_init_end(self) -> None:
         super().on_init_end()
@@ -65,28 +84,39 @@ class PivotTrainerMixin(PPOTrainer):
             # verl looks every 2 seconds, which is most of a step where steps take seconds.
             self.replay_buffer.poll_interval = float(self.config.pivottrace.poll_interval_s)
 
+    def prepare_step(self) -> Any:
+        if self.train_dataloader_it is None:
+            # A checkpoint's state is only taken in when the loader's iterator is made.
+            self.train_dataloader_it = iter(self.train_dataloader)
+        # Before the step's prompts are drawn, so that a label that arrived is used from here on.
+        tell(self.steering.begin(self.global_steps))
+        return super().prepare_step()
+
     def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
         batch = super()._compute_advantage(batch, metrics)
-        extras = queue.extra_fields(batch)
-        weights = [extra.get("pivottrace", {}).get("weight", 1.0) for extra in extras]
-        if all(weight == 1.0 for weight in weights):
-            return batch
-        advantages = queue.column(batch, "advantages")
-        scaled = torch.nested.as_nested_tensor(
-            [row * weight for row, weight in zip(advantages.unbind(), weights, strict=True)],
-            layout=torch.jagged,
-        )
-        return queue.put(batch, queue.columns(advantages=scaled))
+        start = time.perf_counter()
+        records = [
+            {} if tag.get("is_padding") else extra.get("pivottrace", {})
+            for tag, extra in zip(batch.tags, queue.extra_fields(batch), strict=True)
+        ]
+        by_route = self.steering.weights(self.global_steps)
+        weights = [r["weight"] * by_route[r["route"]] if r else 1.0 for r in records]
+        advantages = list(queue.column(batch, "advantages").unbind())
+        scaled = [row * weight for row, weight in zip(advantages, weights, strict=True)]
+        self._scales = advantage_scales(scaled, [record.get("route") for record in records])
+        if not all(weight == 1.0 for weight in weights):
+            nested = torch.nested.as_nested_tensor(scaled, layout=torch.jagged)
+            batch = queue.put(batch, queue.columns(advantages=nested))
+        self.steering.seconds += time.perf_counter() - start
+        return batch
 
     def step(self, metrics: dict, timing_raw: dict) -> Any:
         batch = super().step(metrics, timing_raw)
-        rows = queue.records(batch)
         # Before the checkpoint is written, so that a resumed run knows what this step taught.
-        self.curriculum.observe([record for _, record in rows])
-        metrics.update(step_metrics(rows))
-        metrics.update(
-            {f"pivottrace/{name}": value for name, value in self.curriculum.metrics().items()}
-        )
+        ours, sentences = self.steering.end(self.global_steps, queue.records(batch))
+        metrics.update(ours)
+        metrics.update(self._scales)
+        tell(sentences)
         return batch
 
 
@@ -94,17 +124,51 @@ class PivotTrainerSync(PivotTrainerMixin, PPOTrainerSync):
     """The synchronous V1 trainer with PivotTrace switched on."""
 
 
-def dataset_items(dataset: Any) -> list[Item]:
-    """One curriculum item a row of verl's data set, in its order (after verl's own filters).
+def tell(sentences: Sequence[str]) -> None:
+    """Into the job's log, as verl prints its own: loggers are muted by what the job imports."""
+    for sentence in sentences:
+        print(f"pivottrace: {sentence}", flush=True)
+
+
+def advantage_scales(rows: Sequence[Any], routes: Sequence[str | None]) -> dict[str, float]:
+    """`pivottrace/<route>/advantage_scale`: mean size of a token's advantage, mean over the route's
+    rollouts, after weighting. `rows` [N] are the tokens' advantages; without a route, padding."""
+    sizes = defaultdict(list)
+    for row, route in zip(rows, routes, strict=True):
+        if route is not None and len(row):
+            sizes[route].append(float(row.abs().mean()))
+    return {f"pivottrace/{k}/advantage_scale": float(np.mean(v)) for k, v in sizes.items()}
+
+
+def dataset_items(dataset: Any) -> tuple[Items, list[str]]:
+    """One curriculum item a row of verl's data set, in its order (after verl's own filters), and
+    the prompts that have a label.
 
     Raises PivotTraceError if the rows carry no route: they were not written by `pivottrace`.
     """
-    items = []
-    for index, info in enumerate(dataset.dataframe["extra_info"]):
-        if not info or "pt_id" not in info or info.get("route") not in ("annotate", "self_train"):
-            raise PivotTraceError(
-                f"row {index} of the training data has no extra_info.pt_id and route: "
-                "make data.train_files with `pivottrace train` or `pivottrace export`."
-            )
-        items.append(Item(index, info["pt_id"], info["route"], float(info["uncertainty"])))
-    return items
+    table = dataset.dataframe.select_columns(["extra_info"]).with_format("arrow")[:]
+    info = table["extra_info"].combine_chunks()
+    wanted = ("pt_id", "route", "labeled", "uncertainty")
+    kind = info.type
+    there = pa.types.is_struct(kind) and all(kind.get_field_index(n) >= 0 for n in wanted)
+    columns = {n: pc.struct_field(info, n) for n in wanted} if there else {}
+    bad = np.zeros(len(info), dtype=bool) if there else np.ones(len(info), dtype=bool)
+    for name in ("pt_id", "route") if there else ():
+        bad |= np.asarray(pc.is_null(columns[name]))
+    if there:
+        bad |= ~np.asarray(pc.is_in(columns["route"], value_set=pa.array(ROUTES)))
+    if bad.any() or not there:
+        raise PivotTraceError(
+            f"row {int(np.argmax(bad)) if len(bad) else 0} of the training data has no "
+            "extra_info.pt_id and route: make data.train_files with `pivottrace train` or "
+            "`pivottrace export`."
+        )
+    pt_ids = columns["pt_id"].to_pylist()
+    items = Items.of(
+        np.arange(len(pt_ids)),
+        pt_ids,
+        columns["route"].to_pylist(),
+        np.asarray(columns["uncertainty"], dtype=np.float64),
+    )
+    labelled = columns["pt_id"].filter(pc.fill_null(columns["labeled"], False))
+    return items, labelled.to_pylist()

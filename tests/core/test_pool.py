@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pyarrow as pa
@@ -397,6 +398,22 @@ def test_a_second_process_is_refused_while_the_first_holds_the_run_and_welcome_a
         assert f"pid {os.getpid()}" in said
         assert str(run.path) in said
     assert other() == "held"
+
+
+def test_a_folder_is_held_apart_from_the_run_so_labels_can_come_in_while_training_runs(make_run):
+    run = make_run()
+    told = pytest.raises(PivotTraceError, match=r"working on the run directory .*/train\.")
+    with run.lock("train"), run.lock(), told:
+        run.lock("train").__enter__()
+
+
+def test_a_lock_is_waited_for_as_long_as_asked(make_run):
+    run = make_run()
+    with run.lock():
+        start = time.monotonic()
+        with pytest.raises(PivotTraceError, match="Another process"):
+            run.lock(wait=0.3).__enter__()
+        assert time.monotonic() - start >= 0.3
 
 
 def test_the_lock_is_given_back_after_an_error(make_run):

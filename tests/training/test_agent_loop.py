@@ -21,6 +21,8 @@ class Output:
     def __init__(self, answer: str | None, score: float = 0.0) -> None:
         info = {"pred": answer or "", "score": score, "timed_out": 0.0}
         self.extra_fields = {"reward_extra_info": info}
+        self.response_logprobs: list[float] | None = None
+        self.response_mask: list[int] = []
 
 
 async def session(group: Any, number: int, output: Output, delay: float, labeled: bool) -> float:
@@ -80,6 +82,27 @@ def test_leaving_after_arriving_is_not_counted_twice() -> None:
         return group._complete.is_set()
 
     assert asyncio.run(run()) is False
+
+
+def test_the_weight_that_a_rollout_arrives_with_is_that_of_its_vote() -> None:
+    async def run() -> list[float]:
+        group = agent_loop.Group(3)
+        for number, (answer, weight) in enumerate([("7", 0.1), ("9", 0.9), ("9", 0.8)][::-1]):
+            group.arrive(number, Output(answer), weight)
+        policy = VotePolicy(kind="weighted", quorum=1)
+        return [
+            (await group.reward(i, labeled=False, kind=EXACT, policy=policy))[0] for i in range(3)
+        ]
+
+    assert asyncio.run(run()) == [1.0, 1.0, 0.0]
+
+
+def test_the_mean_log_probability_is_over_what_the_policy_generated() -> None:
+    output = Output("7")
+    output.response_logprobs, output.response_mask = [-1.0, 0.0, -3.0], [1, 0, 1]
+    assert agent_loop.mean_logprob(output) == -2.0
+    output.response_logprobs = None
+    assert agent_loop.mean_logprob(output) is None
 
 
 def test_request_seeds_depend_on_prompt_step_and_rollout_only() -> None:

@@ -1,12 +1,25 @@
 """The reward of one group."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
-from hypothesis import given
+import pytest
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pivottrace_verl.answers import TIMED_OUT, Answer, get_answers
-from pivottrace_verl.training.groups import NO_VOTE, VERIFIED, VOTED, Verdict, VotePolicy, judge
+from pivottrace_verl.errors import PivotTraceError
+from pivottrace_verl.training.groups import (
+    DROPPED,
+    NO_VOTE,
+    SOFT,
+    VERIFIED,
+    VOTED,
+    Verdict,
+    VotePolicy,
+    judge,
+)
 
 EXACT = get_answers("exact")
 
@@ -15,11 +28,12 @@ def verdict(
     answers: Sequence[Answer],
     verified: list[float] | None = None,
     labeled: bool = False,
-    **policy: float,
+    weights: Sequence[float | None] | None = None,
+    **policy: Any,
 ) -> Verdict:
     scores = verified if verified is not None else [0.0] * len(answers)
-    policy_ = VotePolicy(**policy)  # type: ignore[arg-type]
-    return judge(answers, scores, labeled=labeled, kind=EXACT, policy=policy_)
+    policy_ = VotePolicy(**policy)
+    return judge(answers, scores, labeled=labeled, kind=EXACT, policy=policy_, weights=weights)
 
 
 def test_unlabeled_group_is_rewarded_for_agreeing_with_its_majority() -> None:
@@ -84,13 +98,166 @@ def test_answers_that_time_out_against_each_other_are_marked_in_the_vote_only() 
     assert (known.rewards, known.timed_out) == ([0.0, 0.0, 1.0], [False, False, False])
 
 
-@given(st.lists(st.sampled_from(["1", "2", "3", None]), min_size=1, max_size=9), st.randoms())
+def test_a_weak_vote_gives_the_shares_where_the_policy_is_soft() -> None:
+    result = verdict(["7", "7", "9", None], quorum=3, otherwise="soft")
+    assert (result.rewards, result.outcome, result.target) == ([0.5, 0.5, 0.25, 0.0], SOFT, None)
+    assert verdict(["7", "7", "9", "9"], otherwise="soft").rewards == [0.5] * 4
+    assert verdict(["7", "7", "9"], otherwise="soft").outcome == VOTED
+
+
+def test_a_weak_vote_drops_the_group_where_the_policy_says_so() -> None:
+    result = verdict(["7", "9"], otherwise="drop")
+    assert (result.rewards, result.outcome) == ([0.0, 0.0], DROPPED)
+    assert verdict(["7", "7"], otherwise="drop").outcome == VOTED
+
+
+def test_verified_only_gives_unlabeled_groups_nothing_and_labeled_ones_their_scores() -> None:
+    result = verdict(["7", "7", "7"], kind="verified_only", otherwise="soft")
+    assert (result.rewards, result.outcome) == ([0.0] * 3, DROPPED)
+    known = verdict(["7", "9"], [1.0, 0.0], labeled=True, kind="verified_only")
+    assert (known.rewards, known.outcome) == ([1.0, 0.0], VERIFIED)
+
+
+def test_a_weighted_vote_follows_the_weights() -> None:
+    answers = ["7", "7", "9", "9", "9"]
+    weights = [0.9, 0.8, 0.1, 0.2, 0.3]
+    result = verdict(answers, weights=weights, kind="weighted")
+    assert (result.target, result.rewards) == ("7", [1.0, 1.0, 0.0, 0.0, 0.0])
+    # The agreement that is reported counts rollouts, whatever their weights.
+    assert result.agreement == 3 / 5
+    assert verdict(answers, weights=weights).target == "9"
+
+
+def test_a_weighted_vote_is_weak_by_its_share_of_the_weights() -> None:
+    weights = [0.5, 0.5, 0.5, 0.5]
+    answers = ["7", "7", "8", None]
+    assert verdict(answers, weights=weights, kind="weighted", min_agreement=0.5).outcome == VOTED
+    assert verdict(answers, weights=weights, kind="weighted", min_agreement=0.51).outcome == NO_VOTE
+    # One rollout is no vote, however much it weighs.
+    assert verdict(["7", "8", "8"], weights=[9, 1, 1], kind="weighted").outcome == NO_VOTE
+
+
+def test_an_unknown_weight_counts_as_the_mean_of_the_others() -> None:
+    some = verdict(["7", "7", "9"], weights=[0.2, 0.4, None], kind="weighted")
+    assert some == verdict(["7", "7", "9"], weights=[0.2, 0.4, 0.3], kind="weighted")
+    none = verdict(["7", "7", "9"], weights=[None] * 3, kind="weighted")
+    assert none == verdict(["7", "7", "9"])
+
+
+def test_weights_that_are_all_zero_give_no_vote() -> None:
+    assert verdict(["7", "7", "9"], weights=[0.0] * 3, kind="weighted").outcome == NO_VOTE
+
+
+def test_the_gauge_asks_whether_the_weighted_vote_would_have_been_right() -> None:
+    answers, scores, weights = ["7", "7", "9"], [0.0, 0.0, 1.0], [0.1, 0.1, 0.9]
+    policy = {"labeled": True, "weights": weights, "kind": "weighted"}
+    result = verdict(answers, scores, **policy)
+    assert (result.majority_right, result.votes) == (True, False)
+    assert verdict(answers, scores, **policy, quorum=1).votes
+
+
+def test_a_votes_weight_falls_with_doubt() -> None:
+    certainty, pivots = VotePolicy(), VotePolicy(weight="pivots")
+    assert certainty.weight_of(math.log(0.25), None) == pytest.approx(0.25)
+    assert certainty.weight_of(None, 3) is None
+    assert (pivots.weight_of(-1.0, 3), pivots.weight_of(-1.0, None)) == (0.25, None)
+
+
+def test_the_entropy_of_the_answers_is_in_nats_and_leaves_out_what_has_no_answer() -> None:
+    assert verdict(["7", "7", "9", "9", None]).answer_entropy == pytest.approx(math.log(2))
+    assert verdict(["7", "7", None]).answer_entropy == 0.0
+    assert verdict([None, None]).answer_entropy == 0.0
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        ({"kind": "all"}, "kind is 'all'"),
+        ({"weight": "length"}, "weight is 'length'"),
+        ({"otherwise": "guess"}, "otherwise is 'guess'"),
+        ({"quorum": 0}, "quorum is 0"),
+        ({"min_agreement": 1.5}, "min_agreement 1.5"),
+    ],
+)
+def test_a_policy_that_does_not_exist_is_refused_in_a_sentence(policy: Any, said: str) -> None:
+    with pytest.raises(PivotTraceError, match=said):
+        VotePolicy(**policy)
+
+
+quick = settings(deadline=None)
+votes = st.lists(
+    st.tuples(st.sampled_from(["1", "2", "3", None]), st.none() | st.floats(0, 1)),
+    min_size=1,
+    max_size=9,
+)
+policies = st.fixed_dictionaries(
+    {
+        "kind": st.sampled_from(["majority", "weighted", "verified_only"]),
+        "otherwise": st.sampled_from(["none", "soft", "drop"]),
+        "quorum": st.integers(1, 4),
+        "min_agreement": st.sampled_from([0.0, 0.3, 0.5, 0.75]),
+    }
+)
+
+
+def held(rollouts: Sequence[tuple[Any, Any]], policy: dict[str, Any]) -> Verdict:
+    answers, weights = zip(*rollouts, strict=True)
+    return verdict(answers, weights=weights, **policy)
+
+
+@quick
+@given(votes, policies, st.randoms())
 def test_rewards_do_not_depend_on_the_order_of_the_rollouts(
-    answers: list[str | None], random: object
+    rollouts: list[tuple[Any, Any]], policy: dict[str, Any], random: Any
 ) -> None:
-    order = list(range(len(answers)))
-    random.shuffle(order)  # type: ignore[attr-defined]
-    straight = verdict(answers)
-    shuffled = verdict([answers[i] for i in order])
+    order = list(range(len(rollouts)))
+    random.shuffle(order)
+    straight = held(rollouts, policy)
+    shuffled = held([rollouts[i] for i in order], policy)
     assert shuffled.rewards == [straight.rewards[i] for i in order]
-    assert shuffled.target == straight.target
+    for name in ("outcome", "target", "agreement", "answer_entropy", "votes"):
+        assert getattr(shuffled, name) == getattr(straight, name)
+
+
+@quick
+@given(votes, policies, st.permutations(["1", "2", "3"]))
+def test_rewards_do_not_depend_on_what_the_answers_are_called(
+    rollouts: list[tuple[Any, Any]], policy: dict[str, Any], names: list[str]
+) -> None:
+    other = dict(zip(["1", "2", "3"], names, strict=True))
+    renamed = held([(other.get(answer), weight) for answer, weight in rollouts], policy)
+    plain = held(rollouts, policy)
+    assert (renamed.rewards, renamed.outcome) == (plain.rewards, plain.outcome)
+    assert renamed.target == other.get(plain.target or "")
+
+
+@quick
+@given(votes, policies, st.integers(2, 3))
+def test_every_rollout_twice_gives_each_the_same_reward(
+    rollouts: list[tuple[Any, Any]], policy: dict[str, Any], times: int
+) -> None:
+    once = held(rollouts, {**policy, "quorum": 1})
+    often = held(rollouts * times, {**policy, "quorum": times})
+    assert often.rewards == pytest.approx(once.rewards * times)
+    assert (often.outcome, often.target) == (once.outcome, once.target)
+
+
+@quick
+@given(st.integers(1, 4), st.integers(2, 3), policies)
+def test_a_tie_for_the_top_never_gives_a_target(
+    each: int, top: int, policy: dict[str, Any]
+) -> None:
+    answers = [(str(answer), 0.5) for answer in range(top) for _ in range(each)]
+    assert held([*answers, (None, 0.5)], policy).target is None
+
+
+@quick
+@given(votes, policies)
+def test_equal_weights_vote_as_none(
+    rollouts: list[tuple[Any, Any]], policy: dict[str, Any]
+) -> None:
+    alike = [(answer, 0.7) for answer, _ in rollouts]
+    weighted = held(alike, {**policy, "kind": "weighted"})
+    plain = held(alike, {**policy, "kind": "majority"})
+    assert weighted.rewards == pytest.approx(plain.rewards)
+    assert (weighted.outcome, weighted.target) == (plain.outcome, plain.target)

@@ -56,3 +56,14 @@ def test_the_share_of_rollouts_that_timed_out_is_reported() -> None:
 def test_every_metric_is_a_float_for_verls_logger() -> None:
     metrics = step_metrics([("a", record("annotate", 1.0))])
     assert all(type(value) is float for value in metrics.values())
+
+
+def test_what_became_of_weak_votes_is_told_apart_and_equal_soft_rewards_are_not_mixed() -> None:
+    rows = [("a", record("self_train", 0.5, outcome="soft"))] * 2
+    rows += [("b", record("self_train", r, outcome="soft")) for r in (0.25, 0.5)]
+    rows += [("c", record("self_train", 0.0, outcome="dropped"))]
+    rows += [("d", record("self_train", 0.0, outcome="no_vote"))]
+    metrics = step_metrics(rows)
+    assert metrics["pivottrace/self_train/mixed"] == 0.25
+    for name, share in (("soft", 0.5), ("dropped", 0.25), ("no_vote", 0.25)):
+        assert metrics[f"pivottrace/self_train/{name}"] == share

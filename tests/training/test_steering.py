@@ -1,0 +1,251 @@
+"""What steers a training run: routes, labels, weights and what a checkpoint keeps of them."""
+
+import copy
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pivottrace_verl.curriculum import Items
+from pivottrace_verl.errors import PivotTraceError
+from pivottrace_verl.pool import RunDir
+from pivottrace_verl.training.steering import Steering, SteeringConfig
+from tests.triaged_run import make_run, trained
+
+BLOCK: dict[str, Any] = {
+    "run": None,
+    "curriculum": {},
+    "vote": {},
+    "weights": {},
+    "guard": {"window": 4},
+    "retriage": {},
+    "rollouts": {"annotate": None, "self_train": None},
+}
+WHO = {"annotator": "ana", "source_file": "f", "purpose": "annotate"}
+
+
+def config(**more: Any) -> SteeringConfig:
+    return SteeringConfig.of({**BLOCK, **more}, batch_size=4, rollouts=8)
+
+
+def plain(**more: Any) -> Steering:
+    """Prompts a0..a3 with a label and s0..s3 without, as uncertain as their number says."""
+    ids = [f"{r}{i}" for r in "as" for i in range(4)]
+    route = ["annotate"] * 4 + ["self_train"] * 4
+    items = Items.of(range(8), ids, route, [0.1, 0.5, 0.9, 1.0, 0.2, 0.3, 0.4, 0.5])
+    return Steering(items, ids[:4], config(**more), lambda rows: [])
+
+
+def row(pt_id: str, labeled: bool, truth: str | None = "7") -> dict[str, Any]:
+    return {
+        "prompt": "?",
+        "reward_model": {"style": "rule", "ground_truth": truth},
+        "extra_info": {"pt_id": pt_id, "labeled": labeled, "route": "?", "uncertainty": 0.5},
+    }
+
+
+def record(pt_id: str, labeled: bool, **more: Any) -> dict[str, Any]:
+    return {
+        "pt_id": pt_id,
+        "route": "annotate" if labeled else "self_train",
+        "labeled": labeled,
+        "weight": 1.0,
+        "reward": 1.0,
+        "outcome": "verified" if labeled else "voted",
+        "timed_out": False,
+        "agreement": 0.75,
+        "answer_entropy": 0.5,
+        "majority_right": True if labeled else None,
+        "votes": True,
+        "n_tokens": 10,
+        "traced": True,
+        "pivots": 2,
+        "pivot_density": 0.2,
+        "entropy": 1.0,
+        "logprob": -0.5,
+        "vote_s": 0.001,
+        **more,
+    }
+
+
+def test_a_row_without_a_bought_label_carries_no_true_answer() -> None:
+    dressed = plain().dress(row("s0", labeled=False, truth="the truth"))
+    assert dressed["reward_model"] == {"style": "rule", "ground_truth": None}
+    assert (dressed["extra_info"]["labeled"], dressed["extra_info"]["route"]) == (
+        False,
+        "self_train",
+    )
+
+
+def test_a_labelled_row_keeps_its_label_and_other_columns() -> None:
+    given = row("a0", labeled=True)
+    dressed = plain().dress(given)
+    assert dressed == {**given, "extra_info": {**given["extra_info"], "route": "annotate"}}
+
+
+def test_rollouts_differ_by_route_where_asked() -> None:
+    steering = plain(rollouts={"annotate": None, "self_train": 16})
+    assert steering.dress(row("s0", False))["__rollout_n__"] == 16
+    assert steering.dress(row("a0", True))["__rollout_n__"] == 8
+    with pytest.raises(PivotTraceError, match=r"rollouts\.annotate is 1"):
+        config(rollouts={"annotate": 1, "self_train": None})
+
+
+def test_metrics_hold_the_weight_in_force_and_the_gauges() -> None:
+    steering = plain(weights={"self_train": 0.5})
+    records = [("u", record("a0", True)), ("v", record("s0", False, weight=0.0))]
+    metrics, told = steering.end(1, [*records, ("w", record("s1", False))])
+    assert told == []
+    assert metrics["pivottrace/self_train/weight"] == 0.25
+    assert metrics["pivottrace/guard/probe_accuracy"] == 1.0
+    assert metrics["pivottrace/seconds/vote"] == pytest.approx(0.003)
+    assert metrics["pivottrace/seconds/trainer"] > 0.0
+    assert all(type(value) is float for value in metrics.values())
+
+
+def test_votes_are_measured_on_labelled_prompts_no_more_uncertain_than_self_train_ones() -> None:
+    steering = plain(weights={"policy": "measured"})
+    assert steering.weights(1)["self_train"] == 0.0
+    right, wrong = record("a1", True), record("a3", True, majority_right=False)
+    steering.end(1, [("u", right), ("v", wrong)])
+    # a3 is more uncertain than any self_train prompt, and no measure of them.
+    assert steering.weights(2)["self_train"] == 1.0
+    with pytest.raises(PivotTraceError, match="no training prompt has a label"):
+        Steering(Items.of([0], ["s0"], ["self_train"], [0.1]), [],
+                 config(weights={"policy": "measured"}), lambda rows: [])  # fmt: skip
+
+
+def collapse(steering: Steering) -> list[str]:
+    told = []
+    for step, (agreement, right) in enumerate([(0.2, 1.0)] * 2 + [(0.9, 0.0)] * 2):
+        records = [("u", record("a0", True, reward=right)),
+                   ("v", record("s0", False, agreement=agreement))]  # fmt: skip
+        told += steering.end(step, records)[1]
+    return told
+
+
+def test_a_collapse_lowers_the_self_train_weight_and_is_told() -> None:
+    steering = plain()
+    assert len(collapse(steering)) == 1
+    assert steering.weights(9) == {"annotate": 1.0, "self_train": 0.5}
+
+
+def test_a_collapse_stops_the_training_where_asked() -> None:
+    with pytest.raises(PivotTraceError, match="Training stops"):
+        collapse(plain(guard={"window": 4, "action": "stop"}))
+
+
+# With a run directory
+
+
+def steer(run: RunDir, **retriage: Any) -> Steering:
+    plan = {r["pt_id"]: r for r in run.plan().to_pylist()}
+    ids = trained(run)
+    labelled = [pt_id for pt_id in ids if pt_id in run.ledger().labels()]
+    items = Items.of(
+        range(len(ids)),
+        ids,
+        [plan[pt_id]["route"] for pt_id in ids],
+        np.array([plan[pt_id]["uncertainty"] for pt_id in ids]),
+    )
+    pool = {p["pt_id"]: p for p in run.pool_table().to_pylist()}
+    settings = {"enable": True, "every": 2, "budget": 20, **retriage}
+    return Steering(
+        items,
+        labelled,
+        config(run=str(run.path), retriage=settings),
+        lambda rows: [pool[ids[row]] for row in rows],
+    )
+
+
+def play(steering: Steering, run: RunDir, step: int) -> tuple[list[int], list[str]]:
+    """One step whose rollouts follow from prompt and step: the rows drawn, and what was told."""
+    ids = trained(run)
+    told = steering.begin(step)
+    rows = list(islice(steering.curriculum, 4))
+    records = []
+    for index in rows:
+        dressed = steering.dress(row(ids[index], ids[index] in BOUGHT, "1"))
+        info = dressed["extra_info"]
+        agreement = (int(ids[index], 16) + step) % 7 / 7
+        one = record(ids[index], info["labeled"], route=info["route"], agreement=agreement)
+        one["reward"] = agreement if info["labeled"] else 0.0
+        records += [(f"{index}", one)]
+    metrics, more = steering.end(step, records)
+    assert metrics["pivottrace/budget/left"] >= 0
+    return rows, told + more
+
+
+BOUGHT: set[str] = set()
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDir:
+    made = make_run(tmp_path)
+    BOUGHT.clear()
+    BOUGHT.update(made.ledger().labels())
+    return made
+
+
+def test_retriage_asks_for_labels_and_uses_them_when_they_come(run: RunDir) -> None:
+    steering = steer(run)
+    told = [sentence for step in (1, 2) for sentence in play(steering, run, step)[1]]
+    assert any(sentence.startswith("Re-triage after step 2: ") for sentence in told)
+    (request,) = (run.path / "train" / "requests").iterdir()
+    assert any(str(request) in sentence for sentence in told)
+    asked = request.read_text().splitlines()[-1].split(",")[0]
+    run.ledger().append([{"pt_id": asked, "label": "5", **WHO}])
+    _, told = play(steering, run, 3)
+    assert told[0].startswith("1 labels arrived and are used from step 3 on")
+    assert steering.dress(row(asked, False, "hidden"))["reward_model"]["ground_truth"] == "5"
+    assert steering.curriculum.route_of(asked) == "annotate"
+
+
+def test_the_budget_caps_what_is_asked_for_in_all(run: RunDir) -> None:
+    steering = steer(run)
+    for step in range(1, 13):
+        play(steering, run, step)
+    files = (run.path / "train" / "requests").iterdir()
+    asked = [line for file in files for line in file.read_text().splitlines()[1:]]
+    assert len(BOUGHT) + len(asked) <= 20
+
+
+@pytest.mark.parametrize("killed", [1, 2, 3, 5])
+def test_a_resumed_run_draws_the_same_prompts_and_moves_the_same(
+    run: RunDir, tmp_path: Path, killed: int
+) -> None:
+    whole = steer(run)
+    expected = [play(whole, run, step)[0] for step in range(1, 9)]
+    first = steer(run)
+    found = [play(first, run, step)[0] for step in range(1, killed + 1)]
+    state = copy.deepcopy(first.state_dict())
+    second = steer(run)
+    second.load_state_dict(state)
+    found += [play(second, run, step)[0] for step in range(killed + 1, 9)]
+    assert found == expected
+    a, b = second.state_dict(), whole.state_dict()
+    assert (a["retriage"]["values"] == b["retriage"]["values"]).all()
+    assert a["retriage"]["asked"] == b["retriage"]["asked"]
+
+
+def test_off_the_plans_routes_stay(run: RunDir) -> None:
+    steering = steer(run, enable=False)
+    for step in range(1, 9):
+        assert play(steering, run, step)[1] == []
+    assert steering.state_dict()["curriculum"]["moved"] is None
+    assert not (run.path / "train").exists()
+
+
+def test_a_checkpoint_of_other_settings_is_refused(run: RunDir) -> None:
+    state = steer(run).state_dict()
+    with pytest.raises(PivotTraceError, match="enable=true, but this run has false"):
+        steer(run, enable=False).load_state_dict(state)
+    with pytest.raises(PivotTraceError, match="earlier version"):
+        steer(run).load_state_dict({"format": 1, "fingerprint": "x"})
+
+
+def test_retriage_without_a_run_directory_is_refused() -> None:
+    with pytest.raises(PivotTraceError, match=r"pivottrace\.run names no run directory"):
+        config(retriage={"enable": True})
