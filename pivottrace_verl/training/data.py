@@ -85,20 +85,21 @@ def _struct(fields: dict[str, pa.Array]) -> pa.Array:
     return pa.StructArray.from_arrays(whole, list(fields))
 
 
-def write_training_files(run: RunDir, batch_size: int = 1) -> tuple[int, int]:
-    """Write RUN/train/{train,val}.parquet; returns the numbers of rows.
-
-    Raises PivotTraceError, with nothing written, if the training rows do not fill one batch.
-    """
-    train, val = train_table(run), val_table(run)
+def training_tables(run: RunDir, batch_size: int = 1) -> tuple[pa.Table, pa.Table]:
+    """Rows to train on and to validate on. PivotTraceError if the first do not fill one batch."""
+    train = train_table(run)
     if train.num_rows < batch_size:
         raise PivotTraceError(
             f"Only {train.num_rows} prompts are left to train on, fewer than one batch of "
             f"{batch_size}: lower --batch-size or triage again with other thresholds."
         )
+    return train, val_table(run)
+
+
+def write_training_files(run: RunDir, train: pa.Table, val: pa.Table) -> None:
+    """Write RUN/train/{train,val}.parquet."""
     write_table_atomic(run.path / "train" / "train.parquet", train)
     write_table_atomic(run.path / "train" / "val.parquet", val)
-    return train.num_rows, val.num_rows
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.files import read_object, write_bytes_atomic, write_json_atomic
 from pivottrace_verl.plugin import cpu_platform_requested
 from pivottrace_verl.pool import RunDir
-from pivottrace_verl.training.data import write_training_files
+from pivottrace_verl.training.data import training_tables, write_training_files
 
 DIE_WITH_PARENT = "PIVOTTRACE_DIE_WITH_PARENT"
 """Set for the job: a killed command must not leave a verl job behind that nobody watches."""
@@ -163,10 +163,12 @@ def _prepare(
     if (folder / "done.json").exists():
         return None
     run.model_path()
+    # Refusals first: the lock makes the folder.
+    train_rows, val_rows = training_tables(run, config.batch_size)
     training.enter_context(run.lock("train"))
-    rows = write_training_files(run, config.batch_size)
+    write_training_files(run, train_rows, val_rows)
     write_json_atomic(started, asked)
-    return rows
+    return train_rows.num_rows, val_rows.num_rows
 
 
 def _run_job(

@@ -164,8 +164,8 @@ def test_unbought_labels_may_be_nonsense_without_changing_a_byte(
     assert (again / "plan.parquet").read_bytes() == (finished / "plan.parquet").read_bytes()
     code = (
         "import sys; from pivottrace_verl.pool import RunDir; "
-        "from pivottrace_verl.training.data import write_training_files; "
-        "write_training_files(RunDir.open(sys.argv[1]))"
+        "from pivottrace_verl.training.data import training_tables, write_training_files; "
+        "run = RunDir.open(sys.argv[1]); write_training_files(run, *training_tables(run))"
     )
     assert run(sys.executable, "-c", code, again).returncode == 0
     for name in ("train.parquet", "val.parquet"):

@@ -10,7 +10,7 @@ import pytest
 
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.pool import RunDir
-from pivottrace_verl.training.data import export_for_verl, write_training_files
+from pivottrace_verl.training.data import export_for_verl, training_tables
 from tests.score_table import score_row
 
 READ = """
@@ -118,9 +118,8 @@ def test_stock_verl_reads_rewards_and_collates_an_export_without_our_plugin(tmp_
     assert len(read["val"]) == 6 and all(row["reward"] == 1.0 for row in read["val"])
 
 
-def test_training_files_that_do_not_fill_a_batch_are_not_written(tmp_path: Path) -> None:
+def test_training_rows_that_do_not_fill_a_batch_are_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     with pytest.raises(PivotTraceError, match=r"Only 3 prompts are left .* one batch of 4"):
-        write_training_files(run, 4)
-    assert not (run.path / "train").exists()
-    assert write_training_files(run, 3) == (3, 6)
+        training_tables(run, 4)
+    assert [table.num_rows for table in training_tables(run, 3)] == [3, 6]
