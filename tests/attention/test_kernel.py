@@ -29,14 +29,14 @@ from pivottrace_verl.pivots import FEATURES
 if find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 with pytest.MonkeyPatch.context() as patch:
-    # Triton's own library is interpreted only if this is set when it is first imported...
+    # Kernels are interpreted if this is set where they are defined...
     patch.setenv("TRITON_INTERPRET", "1")
     from pivottrace_verl.attention.kernel import Batch, RowKernel, group_shares
 
 
 @pytest.fixture(scope="module", autouse=True)
 def interpreted():
-    """... and when a kernel is first launched."""
+    """... and when one is first launched; Triton's own library: tests/conftest.py."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
         yield
