@@ -18,6 +18,9 @@ from typing import Any
 import psutil
 from rich.console import Console
 
+from pivottrace_verl.files import write_bytes_atomic
+from pivottrace_verl.ledger import Ledger
+
 
 class PeakMemory(threading.Thread):
     """Largest resident memory of this process and all below it, sampled twice a second."""
@@ -86,10 +89,8 @@ class Stages:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """The file whole or not at all."""
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1))
-    temporary.replace(file)
+    """The file whole or not at all, its keys in the order they are in."""
+    write_bytes_atomic(file, json.dumps(value, indent=1).encode())
 
 
 def annotate(stage: Stages, pivottrace: Path, run: Path, data: Path, what: str) -> None:
@@ -106,9 +107,8 @@ def annotate(stage: Stages, pivottrace: Path, run: Path, data: Path, what: str) 
 def labels_bought(run: Path) -> dict[str, Any]:
     """How many labels the run's ledger holds, how many of them are probes, share of the pool."""
     n_pool = json.loads((run / "manifest.json").read_text())["pool"]["n_prompts"]
-    ledger = [json.loads(line) for line in (run / "ledger.jsonl").read_text().splitlines()]
-    labels = {entry["pt_id"] for entry in ledger}
-    probes = {entry["pt_id"] for entry in ledger if entry["purpose"] == "probe"}
+    ledger = Ledger(run / "ledger.jsonl")
+    labels, probes = ledger.labels(), ledger.labels("probe")
     return {
         "bought": len(labels),
         "probes": len(probes),

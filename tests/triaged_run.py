@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 from pivottrace_verl.pool import RunDir
-from pivottrace_verl.schemas import SCORE_SCHEMA
 from pivottrace_verl.triage import TriageConfig, outcomes, triage
+from tests.score_table import score_row
 
 P, N = 40, 16
 WHO = {"annotator": "ana", "source_file": "f"}
@@ -29,11 +29,7 @@ def make_run(path: Path, hidden: str = "41") -> RunDir:
     (path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = RunDir.create(path / "run", path / "pool.jsonl", model, answers_kind="exact")
     ids = [prompt.pt_id for prompt in run.pool()]
-    blank = {
-        field.name: {"string": "", "int64": 0, "double": 0.0}.get(str(field.type), [])
-        for field in SCORE_SCHEMA
-    }
-    run.write_score_part(0, [{**blank, **score(i, ids[i])} for i in range(P)])
+    run.write_score_part(0, [score(i, ids[i]) for i in range(P)])
     run.merge_scores()
     run.write_probes("consistency", 0, ids[:N])
     labels = [{"pt_id": ids[i], "label": "1", "purpose": "probe", **WHO} for i in range(N)]
@@ -50,15 +46,8 @@ def make_run(path: Path, hidden: str = "41") -> RunDir:
 def score(i: int, pt_id: str) -> dict:
     """Of 8 rollouts the fewer are right, the later the prompt among the probes or the others."""
     right = 8 - (i if i < N else i - N) * 8 // (N if i < N else P - N)
-    return {
-        "pt_id": pt_id,
-        "n_rollouts": 8,
-        "answers": [
-            {"answer": a, "count": n} for a, n in (("1", right), ("2", 8 - right)) if n > 0
-        ],
-        "majority": "1" if right > 4 else "2" if right < 4 else None,
-        "uncertainty/consistency": 1 - right / 8 + i / 1000,
-    }
+    uncertain = {"uncertainty/consistency": 1 - right / 8 + i / 1000}
+    return score_row(pt_id, [("1", right), ("2", 8 - right)], **uncertain)
 
 
 def trained(run: RunDir) -> list[str]:

@@ -19,8 +19,8 @@ from typing import Any
 from rich.console import Console
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from run import FULL, LABEL_SHARE, MAX_PROMPT_TOKENS, MAX_TOKENS
-from stages import Stages, annotate, labels_bought, write_json
+from run import FULL, LABEL_SHARE, plan, score
+from stages import Stages, labels_bought, write_json
 
 ARMS: dict[str, tuple[float, list[str]]] = {
     "most uncertain first": (LABEL_SHARE, ["--priority", "uncertain"]),
@@ -55,20 +55,8 @@ def run_arm(console: Console, base: Path, run: Path, arm: str, seed: int) -> Non
     run.mkdir(exist_ok=True)
     stage = Stages(run / "stages.json", console)
     share, how = ARMS[arm]
-    stage(
-        "init", pivottrace, "init", run, "--pool", data / "pool.jsonl", "--model", base / "policy",
-        "--val", data / "val.jsonl", "--answers", "expression",
-    )  # fmt: skip
-    stage(
-        "score", pivottrace, "score", run, *FULL["score"], "--seed", 0,
-        "--max-prompt-tokens", MAX_PROMPT_TOKENS, "--max-tokens", MAX_TOKENS,
-    )  # fmt: skip
-    stage("probe", pivottrace, "probe", run, "--n", FULL["probes"], "--seed", 0)
-    annotate(stage, pivottrace, run, data, "probes")
-    n_pool = json.loads((run / "manifest.json").read_text())["pool"]["n_prompts"]
-    budget = int(share * n_pool)
-    stage("triage", pivottrace, "triage", run, "--budget", budget, *FULL["triage"], *how)
-    annotate(stage, pivottrace, run, data, "queue")
+    score(stage, pivottrace, run, base / "policy", data, FULL, "0")
+    plan(stage, pivottrace, run, data, FULL, "0", share, how)
     stage(
         "train", pivottrace, "train", run, "--seed", seed, *FULL["train"],
         "trainer.val_before_train=False", "trainer.test_freq=-1",

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,28 +81,54 @@ def main() -> None:
     policy, data = run / "policy", run / "data"
     stage("policy", python, HERE / "make_policy.py", "--out", policy, *size["policy"])
     stage("pool", python, HERE / "make_pool.py", "--out", data, *size["pool"])
-    stage(
-        "init", pivottrace, "init", run, "--pool", data / "pool.jsonl", "--model", policy,
-        "--val", data / "val.jsonl", "--answers", "expression",
-    )  # fmt: skip
-    stage(
-        "score", pivottrace, "score", run, *size["score"], "--seed", args.seed,
-        "--max-prompt-tokens", MAX_PROMPT_TOKENS, "--max-tokens", MAX_TOKENS,
-    )  # fmt: skip
+    score(stage, pivottrace, run, policy, data, size, args.seed)
     evaluate(stage, pivottrace, run, "before", size)
-
-    stage("probe", pivottrace, "probe", run, "--n", size["probes"], "--seed", args.seed)
-    annotate(stage, pivottrace, run, data, "probes")
-    n_pool = sum(1 for _ in (data / "pool.jsonl").open())
-    budget = str(int(LABEL_SHARE * n_pool))
-    stage("triage", pivottrace, "triage", run, "--budget", budget, *size["triage"])
-    annotate(stage, pivottrace, run, data, "queue")
+    plan(stage, pivottrace, run, data, size, args.seed, LABEL_SHARE)
     stage("train", pivottrace, "train", run, "--seed", args.seed, *size["train"])
     evaluate(stage, pivottrace, run, "after", size)
     stage.note_peak(memory)
     write_summary(run, stage.log)
     stage("report", pivottrace, "report", run)
     show(console, run)
+
+
+def score(
+    stage: Stages,
+    pivottrace: Path,
+    run: Path,
+    policy: Path,
+    data: Path,
+    size: dict[str, Any],
+    seed: str,
+) -> None:
+    """A run directory of the pool, scored."""
+    stage(
+        "init", pivottrace, "init", run, "--pool", data / "pool.jsonl", "--model", policy,
+        "--val", data / "val.jsonl", "--answers", "expression",
+    )  # fmt: skip
+    stage(
+        "score", pivottrace, "score", run, *size["score"], "--seed", seed,
+        "--max-prompt-tokens", MAX_PROMPT_TOKENS, "--max-tokens", MAX_TOKENS,
+    )  # fmt: skip
+
+
+def plan(
+    stage: Stages,
+    pivottrace: Path,
+    run: Path,
+    data: Path,
+    size: dict[str, Any],
+    seed: str,
+    share: float,
+    how: Sequence[str] = (),
+) -> None:
+    """Probes, routes and labels: at most `share` of the pool, spent as `how` tells triage."""
+    stage("probe", pivottrace, "probe", run, "--n", size["probes"], "--seed", seed)
+    annotate(stage, pivottrace, run, data, "probes")
+    n_pool = sum(1 for _ in (data / "pool.jsonl").open())
+    budget = str(int(share * n_pool))
+    stage("triage", pivottrace, "triage", run, "--budget", budget, *size["triage"], *how)
+    annotate(stage, pivottrace, run, data, "queue")
 
 
 def evaluate(stage: Stages, pivottrace: Path, run: Path, when: str, size: dict[str, Any]) -> None:

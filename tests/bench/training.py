@@ -36,6 +36,7 @@ from pivottrace_verl.plan import TriageConfig
 from pivottrace_verl.retriage import Retriage, RetriageConfig
 from pivottrace_verl.training.steering import Steering, SteeringConfig
 from tests.bench.answers import Clock, number, vote
+from tests.step_records import record as step_record
 
 PROMPTS, ROLLOUTS, PROBES = 64, 16, 1000
 LIMITS = {"vote_ms": 50.0, "step_ms": 50.0, "peak_gib": 1.0}
@@ -102,15 +103,10 @@ def row(pt_id: str, labeled: bool) -> dict[str, Any]:
 
 
 def record(pt_id: str, route: str, rng: random.Random) -> dict[str, Any]:
-    labeled = route == "annotate"
-    return {
-        "pt_id": pt_id, "route": route, "labeled": labeled, "weight": 1.0,
-        "reward": float(rng.random() < 0.5), "outcome": "verified" if labeled else "voted",
-        "timed_out": False, "agreement": 0.5, "answer_entropy": 0.5,
-        "majority_right": True if labeled else None, "votes": True, "n_tokens": 900,
-        "traced": True, "pivots": 20, "pivot_density": rng.random(), "entropy": 0.4,
-        "logprob": -0.4, "vote_s": 0.0,
-    }  # fmt: skip
+    return step_record(
+        pt_id, route == "annotate", reward=float(rng.random() < 0.5), agreement=0.5, n_tokens=900,
+        pivots=20, pivot_density=rng.random(), entropy=0.4, logprob=-0.4, vote_s=0.0,
+    )  # fmt: skip
 
 
 def steering(n: int, steps: int, order: str) -> dict[str, Any]:

@@ -3,30 +3,14 @@
 import pytest
 
 from pivottrace_verl.observed import MEASURED, observed
-
-
-def record(pt_id, reward, **more):
-    return {
-        "pt_id": pt_id,
-        "route": "annotate",
-        "labeled": True,
-        "reward": reward,
-        "agreement": 0.75,
-        "answer_entropy": 0.5,
-        "majority_right": True,
-        "votes": True,
-        "n_tokens": 10,
-        "traced": True,
-        "pivots": 2,
-        "pivot_density": 0.2,
-        "entropy": 1.0,
-        "logprob": -0.5,
-        **more,
-    }
+from tests.step_records import record
 
 
 def test_a_group_is_the_means_of_its_rollouts_and_its_estimators():
-    rows = [("u", record("a", 1.0)), ("u", record("a", 0.0, n_tokens=30, pivots=4, logprob=-1.5))]
+    rows = [
+        ("u", record("a", reward=1.0)),
+        ("u", record("a", reward=0.0, n_tokens=30, pivots=4, logprob=-1.5)),
+    ]
     (group,) = observed(rows)
     assert (group.pass_rate, group.n_tokens, group.majority_right) == (0.5, 20, True)
     assert set(group.values) == set(MEASURED)
@@ -36,15 +20,17 @@ def test_a_group_is_the_means_of_its_rollouts_and_its_estimators():
 
 
 def test_nothing_that_depends_on_a_label_is_kept_without_one():
-    rows = [("u", record("a", 1.0, labeled=False, majority_right=True))]
+    rows = [("u", record("a", reward=1.0, labeled=False, majority_right=True))]
     (group,) = observed(rows)
     assert (group.pass_rate, group.majority_right) == (None, None)
 
 
 def test_what_was_not_traced_or_not_asked_for_has_no_value():
     lost = {"traced": False, "logprob": None}
-    one = record("a", 1.0)
-    two = {k: v for k, v in record("a", 0.0, **lost).items() if k not in ("pivots", "entropy")}
+    one = record("a", reward=1.0)
+    two = {
+        k: v for k, v in record("a", reward=0.0, **lost).items() if k not in ("pivots", "entropy")
+    }
     (group,) = observed([("u", one), ("u", two)])
     assert group.values["pivot_count"] == 2
     (group,) = observed([("u", two)])
@@ -52,4 +38,4 @@ def test_what_was_not_traced_or_not_asked_for_has_no_value():
 
 
 def test_the_same_prompt_twice_in_a_batch_is_two_groups():
-    assert len(observed([("u", record("a", 1.0)), ("v", record("a", 0.0))])) == 2
+    assert len(observed([("u", record("a", reward=1.0)), ("v", record("a", reward=0.0))])) == 2

@@ -52,6 +52,7 @@ def test_seconds_add_up_by_name_and_the_largest_peak_is_kept(tmp_path: Path) -> 
 def test_labels_are_counted_once_a_prompt(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text('{"pool": {"n_prompts": 8}}')
     entries = [("a", "probe"), ("b", "annotate"), ("b", "annotate")]
-    lines = [json.dumps({"pt_id": pt_id, "purpose": purpose}) for pt_id, purpose in entries]
+    rest = {"label": "7", "annotator": "ana", "source_file": "f", "time": "now", "cost": 1}
+    lines = [json.dumps({"pt_id": i, "purpose": purpose, **rest}) for i, purpose in entries]
     (tmp_path / "ledger.jsonl").write_text("\n".join(lines) + "\n")
     assert stages.labels_bought(tmp_path) == {"bought": 2, "probes": 1, "share": 0.25}

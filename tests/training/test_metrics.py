@@ -5,21 +5,12 @@ from typing import Any
 import pytest
 
 from pivottrace_verl.training.metrics import step_metrics
+from tests.step_records import record as step_record
 
 
 def record(route: str, reward: float, **more: Any) -> dict[str, Any]:
-    return {
-        "route": route,
-        "reward": reward,
-        "outcome": "voted" if route == "self_train" else "verified",
-        "agreement": 0.5,
-        "weight": 1.0,
-        "majority_right": None,
-        "timed_out": False,
-        "traced": True,
-        "pivot_density": 0.1,
-        **more,
-    }
+    plain = {"reward": reward, "agreement": 0.5, "majority_right": None, "pivot_density": 0.1}
+    return step_record("p", route == "annotate", **{**plain, **more})
 
 
 def test_groups_are_counted_as_mixed_all_right_and_all_wrong() -> None:

@@ -12,6 +12,7 @@ from pivottrace_verl.curriculum import Items
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.pool import RunDir
 from pivottrace_verl.training.steering import Steering, SteeringConfig
+from tests.step_records import record
 from tests.triaged_run import make_run, trained
 
 BLOCK: dict[str, Any] = {
@@ -43,30 +44,6 @@ def row(pt_id: str, labeled: bool, truth: str | None = "7") -> dict[str, Any]:
         "prompt": "?",
         "reward_model": {"style": "rule", "ground_truth": truth},
         "extra_info": {"pt_id": pt_id, "labeled": labeled, "route": "?", "uncertainty": 0.5},
-    }
-
-
-def record(pt_id: str, labeled: bool, **more: Any) -> dict[str, Any]:
-    return {
-        "pt_id": pt_id,
-        "route": "annotate" if labeled else "self_train",
-        "labeled": labeled,
-        "weight": 1.0,
-        "reward": 1.0,
-        "outcome": "verified" if labeled else "voted",
-        "timed_out": False,
-        "agreement": 0.75,
-        "answer_entropy": 0.5,
-        "majority_right": True if labeled else None,
-        "votes": True,
-        "n_tokens": 10,
-        "traced": True,
-        "pivots": 2,
-        "pivot_density": 0.2,
-        "entropy": 1.0,
-        "logprob": -0.5,
-        "vote_s": 0.001,
-        **more,
     }
 
 
