@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -30,6 +31,10 @@ from pivottrace_verl.training.data import training_tables, write_training_files
 
 DIE_WITH_PARENT = "PIVOTTRACE_DIE_WITH_PARENT"
 """Set for the job: a killed command must not leave a verl job behind that nobody watches."""
+
+MAX_ERROR = 400
+_ERROR = re.compile(r"^(\(\w+ pid=\d+\) )?\s*(error: |[\w.]*(Error|Exception)\b[:(])")
+"""Our own refusals, and the last line of a Python traceback, also where Ray marked the process."""
 
 StepSeen = Callable[[int, dict[str, float]], None]
 """Called with (step, verl's metrics of it) as the job logs them; step 0 is the first validation."""
@@ -194,6 +199,7 @@ def _run_job(
     command += [f"hydra.run.dir={json.dumps(str(folder.resolve() / 'hydra'))}", *extra]
     log = folder / "train.log"
     with log.open("ab") as output:
+        start = output.tell()
         job = subprocess.Popen(
             command,
             stdout=output,
@@ -210,9 +216,11 @@ def _run_job(
     merge_metrics(folder)
     checkpoint = folder / "checkpoints" / f"global_step_{config.steps}" / "actor" / "huggingface"
     if job.returncode != 0 or not checkpoint.exists():
+        error = last_error(log, start)
         raise PivotTraceError(
-            f"the verl job ended with status {job.returncode} before step {config.steps}; its last "
-            f"words are in {log}, and the same command resumes from the last checkpoint."
+            f"the verl job ended with status {job.returncode} before step {config.steps}"
+            + (f" ({error})" if error else "")
+            + f"; its output is in {log}, and the same command resumes from the last checkpoint."
         )
     result = {
         "steps": config.steps,
@@ -242,6 +250,16 @@ def _watch(job: subprocess.Popen[bytes], file: Path, on_step: StepSeen) -> None:
         if ended:
             return
         time.sleep(0.5)
+
+
+def last_error(log: Path, start: int = 0) -> str:
+    """The last line of a job's output, from byte `start` on, that reads like an error, cut to
+    `MAX_ERROR` characters; empty if none does."""
+    with log.open("rb") as stream:
+        stream.seek(max(start, log.stat().st_size - (1 << 20)))
+        lines = stream.read().decode(errors="replace").splitlines()
+    errors = [line.strip() for line in lines if _ERROR.search(line)]
+    return errors[-1][:MAX_ERROR] if errors else ""
 
 
 def merge_metrics(folder: Path) -> list[dict[str, Any]]:

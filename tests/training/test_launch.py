@@ -1,0 +1,39 @@
+"""What the train stage says when its verl job fails."""
+
+from pathlib import Path
+
+import pytest
+
+from pivottrace_verl.training.launch import MAX_ERROR, last_error
+
+
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("error: data.shuffle must be false.", "error: data.shuffle must be false."),
+        ('AssertionError("[actor] Please set one.")', 'AssertionError("[actor] Please set one.")'),
+        ("  ray.exceptions.RayActorError: gone", "ray.exceptions.RayActorError: gone"),
+        ("(TaskRunner pid=31) ValueError: bad", "(TaskRunner pid=31) ValueError: bad"),
+    ],
+)
+def test_the_last_error_of_a_job_is_found_in_its_output(
+    tmp_path: Path, line: str, told: str
+) -> None:
+    log = tmp_path / "train.log"
+    log.write_text(f"step:1 - loss:2\nKeyError: earlier\n{line}\nfull_key: actor\n\n")
+    assert last_error(log) == told
+
+
+def test_an_error_of_an_earlier_attempt_is_not_this_attempts(tmp_path: Path) -> None:
+    log = tmp_path / "train.log"
+    log.write_text("error: of the attempt before.\n")
+    start = log.stat().st_size
+    with log.open("a") as stream:
+        stream.write("no ErrorWord: here, only output\n")
+    assert last_error(log, start) == ""
+
+
+def test_a_long_error_is_cut_and_bytes_that_are_no_text_do_no_harm(tmp_path: Path) -> None:
+    log = tmp_path / "train.log"
+    log.write_bytes(b"\xff\xfe\nValueError: " + b"x" * 10_000 + b"\n")
+    assert len(last_error(log)) == MAX_ERROR
