@@ -25,9 +25,9 @@ from rich.markdown import Markdown
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from arms import ARMS, Arm, curve, finished, results
+from curves_table import tables
 from picture import picture
 from stages import PeakMemory, Stages, annotate, labels_bought, write_json
-from table import tables
 
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.files import write_bytes_atomic
@@ -93,7 +93,8 @@ def make(
             if finished(result, settings(size)):
                 console.rule(f"[bold]{name}, seed {seed}: done earlier", align="left")
                 continue
-            write_json(result, train_arm(stage, scored, out / f"{name}-{seed}", name, seed, size))
+            console.rule(f"[bold]{name}, seed {seed}: {ARMS[name].title}", align="left")
+            write_json(result, train_arm(console, scored, name, seed, size))
             stage.note_peak(memory)
             finish(out, size, stage.log)
     finish(out, size, stage.log)
@@ -122,20 +123,21 @@ def prepare(stage: Stages, out: Path, policy: Path, size: dict[str, Any]) -> Pat
 
 
 def train_arm(
-    stage: Stages, scored: Path, run: Path, name: str, seed: int, size: dict[str, Any]
+    console: Console, scored: Path, name: str, seed: int, size: dict[str, Any]
 ) -> dict[str, Any]:
     """One arm with one seed, from the scored pool to its learning curve."""
     arm, pivottrace = ARMS[name], Path(sys.executable).with_name("pivottrace")
-    data = scored.parent / "data"
-    stage.console.rule(f"[bold]{name}, seed {seed}: {arm.title}", align="left")
+    run, data = scored.with_name(f"{name}-{seed}"), scored.with_name("data")
     if not run.exists():
         # Without the traces, which only scoring and the report read.
         copy_folder(scored, run, "traces")
+    # Beside what they made, so that an arm whose folder is removed begins anew.
+    stage = Stages(run / "stages.json", console)
     plan(stage, arm, run, data, seed, size)
     switch = ["env", "PIVOTTRACE_DISABLE=1"] if arm.stock else []
     order = ["data.shuffle=true", f"data.seed={seed}"] if arm.stock else []
     stage(
-        f"train {name} {seed}", *switch, pivottrace, "train", run, "--seed", seed,
+        "train", *switch, pivottrace, "train", run, "--seed", seed,
         "--steps", size["steps"], "--batch-size", size["batch_size"],
         "--rollouts", size["rollouts"], "--learning-rate", size["learning_rate"],
         "--val-samples", size["samples"], f"trainer.test_freq={size['every']}",
@@ -152,7 +154,7 @@ def train_arm(
         "routes": triage["routes"],
         "estimator": triage.get("estimator"),
         "curve": curve(metrics, steps, every, samples, size["batch_size"], labels),
-        "seconds": stage.log["seconds"][f"train {name} {seed}"],
+        "seconds": stage.log["seconds"]["train"],
     }
 
 

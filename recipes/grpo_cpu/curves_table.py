@@ -1,8 +1,8 @@
 """The recipe's tables, made from its committed result, and the picture beside it.
 
-python recipes/grpo_cpu/table.py            prints them
-python recipes/grpo_cpu/table.py --write    puts them into the recipe's README and draws curves.svg
-python recipes/grpo_cpu/table.py --take runs/grpo_cpu    takes over a new run's result first
+python recipes/grpo_cpu/curves_table.py            prints them
+python recipes/grpo_cpu/curves_table.py --write    puts them into the README, draws curves.svg
+python recipes/grpo_cpu/curves_table.py --take runs/grpo_cpu    takes over a result first
 """
 
 from __future__ import annotations
