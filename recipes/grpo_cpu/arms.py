@@ -42,9 +42,9 @@ class Arm:
 
 
 ARMS = {
-    "full": Arm("all prompts labelled, stock verl", "all", stock=True),
+    "full": Arm("all labels, stock verl", "all", stock=True),
     "pivottrace": Arm("PivotTrace", "budget", triage=True),
-    "random": Arm("random prompts labelled, stock verl", "budget", stock=True),
+    "random": Arm("random labels, stock verl", "budget", stock=True),
     "votes": Arm("no labels, votes only", "none", rest="self_train"),
 }
 

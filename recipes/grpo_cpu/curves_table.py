@@ -54,6 +54,11 @@ def tables(summary: dict[str, Any]) -> str:
     return "\n".join([*lines, "", *(f"- {sentence}" for sentence in sentences(summary))])
 
 
+def for_readme(summary: dict[str, Any]) -> str:
+    """The picture and the tables."""
+    return f"![Validation accuracy by steps and by labels](results/curves.svg)\n\n{tables(summary)}"
+
+
 def sentences(summary: dict[str, Any]) -> Iterator[str]:
     """How far to trust the table, what triage did, and PivotTrace against each other arm."""
     curves = curves_of(summary)
@@ -92,7 +97,7 @@ def _each(texts: Iterator[str]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command line."""
     command_line(
-        __doc__, tables, result=HERE / "results" / "summary.json", readme=HERE / "README.md",
+        __doc__, for_readme, result=HERE / "results" / "summary.json", readme=HERE / "README.md",
         name="grpo-cpu", argv=argv, picture=("curves.svg", picture),
     )  # fmt: skip
 

@@ -23,8 +23,8 @@ text { fill: #59616b; font-size: 12px }
 .page { fill: #ffffff }
 .gridline { stroke: #d9dde3; fill: none }
 .axis { stroke: #59616b; fill: none }
-.threshold { stroke: #1a1d21; stroke-dasharray: 3 3 }
-.line { fill: none; stroke-width: 2.5; stroke-linejoin: round }
+.line { stroke-width: 2.5; stroke-linejoin: round }
+.threshold { stroke: #1a1d21; stroke-width: 1.5; stroke-dasharray: 3 3 }
 .seed { stroke-width: 1; opacity: 0.45 }
 .full { stroke: #1a1d21; fill: #1a1d21 }
 .pivottrace { stroke: #c75200; fill: #c75200 }
@@ -50,7 +50,7 @@ def picture(summary: Mapping[str, Any]) -> bytes:
         panel = _panel(curves, axis)
         panel.root.set("x", str(i * _PANEL))
         canvas.root.append(panel.root)
-    slot = (width - 40) / max(1, len(curves))
+    slot = (width - 40) / len(ARMS)
     for i, arm in enumerate(curves):
         x, y = 24 + i * slot, _HEIGHT + 18
         mark = {"x1": str(x), "x2": str(x + 18), "y1": str(y - 4), "y2": str(y - 4)}
@@ -83,7 +83,7 @@ def _panel(curves: Mapping[str, list[list[dict[str, Any]]]], axis: str) -> Plot:
         (low, high + 0.06 * (high - low)),
         _PANEL, _HEIGHT,
     )  # fmt: skip
-    plot.axes(AXES[axis], "three numbers: mean of samples at T=1", percent=True, whole_x=True)
+    plot.axes(AXES[axis], "validation accuracy", percent=True, whole_x=True)
     if "full" in curves:
         target = sum(map(final, curves["full"])) / len(curves["full"])
         plot.line(plot.x, (target, target), "threshold")

@@ -23,6 +23,7 @@ from pivottrace_verl.training.data import train_table
 run = load("grpo_cpu/run")
 arms = load("grpo_cpu/arms")
 pairs = load("grpo_cpu/pairs")
+teach = load("grpo_cpu/teach")
 baseline = load("grpo_cpu/baseline")
 curves_table = load("grpo_cpu/curves_table")
 picture = load("grpo_cpu/picture")
@@ -231,7 +232,7 @@ def test_the_table_says_who_reached_full_supervision_and_who_lost(done: Path) ->
             name, *rest = line.strip("| ").split(" | ")
             cells.setdefault(name, rest)
     # Final: mean of steps 2 and 4, so .25 for full supervision, which both reach by step 4 only.
-    assert cells["all prompts labelled, stock verl"][1:5] == ["25.0%, 25.0%", "90%, 90%", "4", "16"]
+    assert cells["all labels, stock verl"][1:5] == ["25.0%, 25.0%", "90%, 90%", "4", "16"]
     assert cells["PivotTrace"] == ["20 (40%)", "28.0%, 28.0%", "90%, 90%", "4", "20", "1.0, 1.0"]
     assert cells["no labels, votes only"][1:5] == ["7.0%, 7.0%", "90%, 90%", "-", "-"]
     assert "at the end: +3.0, +3.0 points by seed, ahead" in made
@@ -272,7 +273,7 @@ def test_the_readme_takes_a_result_with_its_table_and_picture(
     (here / "README.md").write_text((RECIPES / "grpo_cpu" / "README.md").read_text())
     monkeypatch.setattr(curves_table, "HERE", here)
     curves_table.main(["--take", str(done), "--write"])
-    assert curves_table.tables(summary_of(done)) in (here / "README.md").read_text()
+    assert curves_table.for_readme(summary_of(done)) in (here / "README.md").read_text()
     assert (here / "results" / "curves.svg").read_bytes() == (done / "curves.svg").read_bytes()
 
 
@@ -287,6 +288,19 @@ def test_problems_with_two_numbers_are_distinct_and_their_worked_solution_is_rig
     assert problems != pairs.problems(1)
 
 
+def test_the_policy_is_taught_solutions_and_not_prompts() -> None:
+    tokenizer = teach.make_policy.build_tokenizer()
+    tokens, targets = next(teach.pair_batches(tokenizer, 5, 0))
+    wanted = targets != -100
+    for row in range(5):
+        said = tokenizer.decode(targets[row][wanted[row]])
+        assert said.endswith("</answer> <|end|>") and said.count("<answer>") == 1
+        assert tokenizer.decode(tokens[row][~wanted[row]][:-1]).startswith("<|user|> Calculate")
+        # A target is the token that follows.
+        first = int(wanted[row].nonzero()[0])
+        assert targets[row][first] == tokens[row][first + 1]
+
+
 def test_pool_and_validation_share_no_prompt_and_the_policys_mix_is_in_both(done: Path) -> None:
     manifest = json.loads((done / "scored" / "manifest.json").read_text())
     assert manifest["val"]["also_in_pool"] == 0
@@ -299,7 +313,7 @@ def test_the_committed_result_is_what_the_readme_shows() -> None:
     result = RECIPES / "grpo_cpu" / "results" / "summary.json"
     readme = (RECIPES / "grpo_cpu" / "README.md").read_text()
     if result.exists():
-        assert curves_table.tables(json.loads(result.read_text())) in readme
+        assert curves_table.for_readme(json.loads(result.read_text())) in readme
     else:
         assert "Not measured yet." in readme
     assert math.isclose(run.FULL["budget"] / 640, 0.35)
