@@ -11,11 +11,13 @@ Axes: P prompts.
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from pivottrace_verl.errors import PivotTraceError
+from pivottrace_verl.plan import TriageConfig
 from pivottrace_verl.pool import RunDir
 
 REASON = "baseline: chosen at random"
@@ -39,8 +41,10 @@ def plan(run: RunDir, labels: int, rest: str, seed: int) -> None:
         }
         for pt_id, where in zip(ids, place.tolist(), strict=True)
     ]
+    config = TriageConfig(budget=labels, priority="random", overflow=rest, seed=seed)
     routes = {"annotate": labels, rest: len(ids) - labels}
-    run.write_plan(rows, {"routes": routes, "labels": {"budget": labels}})
+    # PivotTrace's trainer asks the plan's settings for the budget.
+    run.write_plan(rows, {"routes": routes, "config": asdict(config)})
 
 
 def main(argv: list[str] | None = None) -> None:
