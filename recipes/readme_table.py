@@ -13,8 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pivottrace_verl.files import write_bytes_atomic
+
 Tables = Callable[[dict[str, Any]], str]
 """A run's summary -> Markdown."""
+Picture = Callable[[dict[str, Any]], bytes]
+"""A run's summary -> an SVG file."""
 
 
 def filled(text: str, name: str, made: str) -> str:
@@ -32,9 +36,19 @@ def digits(value: float | None) -> str:
 
 
 def command_line(
-    doc: str, tables: Tables, *, result: Path, readme: Path, name: str, argv: list[str] | None
+    doc: str,
+    tables: Tables,
+    *,
+    result: Path,
+    readme: Path,
+    name: str,
+    argv: list[str] | None,
+    picture: tuple[str, Picture] | None = None,
 ) -> None:
-    """Print the tables, or --write them into the README; --take takes over a run's result first."""
+    """Print the tables, or --write them into the README; --take takes over a run's result first.
+
+    A `picture`, (file name, how it is drawn), is written beside the result when the README is.
+    """
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--take", type=Path, metavar="RUN")
@@ -42,8 +56,11 @@ def command_line(
     if args.take:
         result.parent.mkdir(exist_ok=True)
         shutil.copy(args.take / "summary.json", result)
-    made = tables(json.loads(result.read_text()))
+    summary = json.loads(result.read_text())
+    made = tables(summary)
     if args.write:
+        if picture:
+            write_bytes_atomic(result.with_name(picture[0]), picture[1](summary))
         readme.write_text(filled(readme.read_text(), name, made))
     else:
         print(made)

@@ -18,14 +18,15 @@ import tasks
 from pivottrace_verl.files import write_bytes_atomic
 from pivottrace_verl.prompts import pt_id
 
-DATA_SOURCE = "countdown"
+DATA_SOURCES = {3: "countdown", 2: "countdown_two"}
+"""By how many numbers a problem gives."""
 
 
 def row(instance: tasks.Instance) -> dict[str, Any]:
     """A prompt as verl's rows have it; nothing in it gives the answer away."""
     return {
         "prompt": [{"role": "user", "content": instance.prompt}],
-        "data_source": DATA_SOURCE,
+        "data_source": DATA_SOURCES[len(instance.numbers)],
         "extra_info": {"numbers": list(instance.numbers), "target": instance.target},
     }
 
@@ -35,7 +36,11 @@ def make(out: Path, n_pool: int, n_val: int, seed: int) -> None:
     instances = tasks.draw(n_pool + n_val, seed=seed, for_training=False)
     # The rarer problems are drawn last; pool and validation are to be of the same mix.
     random.Random(seed).shuffle(instances)
-    pool, validation = instances[:n_pool], instances[n_pool:]
+    write(out, instances[:n_pool], instances[n_pool:])
+
+
+def write(out: Path, pool: list[tasks.Instance], validation: list[tasks.Instance]) -> None:
+    """Pool, validation and the oracle's answers in `out`, each file written whole."""
     pool_rows = [row(i) for i in pool]
     answers = [
         {"pt_id": pt_id(r["prompt"], r["data_source"]), "label": tasks.label(i)}
@@ -44,7 +49,7 @@ def make(out: Path, n_pool: int, n_val: int, seed: int) -> None:
     _write(out / "pool.jsonl", pool_rows)
     _write(out / "val.jsonl", [{**row(i), "label": tasks.label(i)} for i in validation])
     _write(out / "answers.jsonl", answers)
-    print(f"wrote {out}: {n_pool} prompts for the pool, {n_val} for validation")
+    print(f"wrote {out}: {len(pool)} prompts for the pool, {len(validation)} for validation")
 
 
 def _write(path: Path, rows: list[dict[str, Any]]) -> None:
