@@ -117,13 +117,14 @@ def _problem(layer: TracedLayer) -> str | None:
         return f"has a quantised KV cache ({layer.module.kv_cache.dtype}), which cannot be read"
     if impl.is_fp8_kv_cache:
         return f"has a quantised KV cache ({impl.kv_cache_dtype}), which cannot be read"
-    if impl.sliding_window != -1:
-        return f"attends to a sliding window of {impl.sliding_window} tokens, not supported yet"
     if impl.alibi_slopes is not None:
         return "uses ALiBi, which is not supported"
-    if impl.sinks is not None:
-        return "has learnt attention sinks, which are not supported yet"
     return None
+
+
+def sliding_window(impl: Any) -> int | None:
+    """Keys that a query of a layer of the CPU backend sees, its own included; None: all."""
+    return None if impl.sliding_window == -1 else int(impl.sliding_window)
 
 
 def key_layout(layer: TracedLayer) -> str:

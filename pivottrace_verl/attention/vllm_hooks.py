@@ -33,14 +33,13 @@ from pivottrace_verl.attention.config import (
     ENV_TOKEN,
     CaptureConfig,
 )
+from pivottrace_verl.attention.cpu_rows import StepRows, compiled_rows
 from pivottrace_verl.attention.keys import PagedKeys
 from pivottrace_verl.attention.reference import (
     FLOOR,
-    RowPlan,
     ScoreRule,
     group_heads,
     needed_heads,
-    plan_rows,
     row_statistics,
 )
 from pivottrace_verl.attention.store import NOBODY, SlotStore, Tracker
@@ -49,6 +48,7 @@ from pivottrace_verl.attention.support import (
     check_engine,
     find_layers,
     key_layout,
+    sliding_window,
 )
 from pivottrace_verl.pivots import FEATURES
 
@@ -127,7 +127,7 @@ class Step:
     """[N] which of the batch's requests have a row; None for all."""
     tokens: torch.Tensor | None
     """[N] which of the batch's tokens are the rows; None for all."""
-    plan: RowPlan
+    rows: StepRows
     slots: torch.Tensor
     owners: torch.Tensor
     layers_done: int = 0
@@ -156,7 +156,17 @@ class Capture:
             for groups, layer in zip(self.groups, layers, strict=True)
         ]
         impls = [layer.module.impl for layer in layers]
-        self._rules = [ScoreRule(impl.scale, impl.logits_soft_cap) for impl in impls]
+        self._rules = [ScoreRule(impl.scale, impl.logits_soft_cap, impl.sinks) for impl in impls]
+        self._windows = [sliding_window(impl) for impl in impls]
+        self._compiled = compiled_rows(
+            [layer.module.kv_cache for layer in layers],
+            self.layouts,
+            self._rules,
+            self._windows,
+            self.groups,
+            layers[0].n_heads,
+            config,
+        )
         block_size = kv_cache_config.kv_cache_groups[layers[0].group].kv_cache_spec.block_size
         self._block_size = block_size
         self.store = SlotStore(
@@ -243,10 +253,13 @@ class Capture:
         query = query[: metadata.num_actual_tokens]
         if step.tokens is not None:
             query = query.index_select(0, step.tokens)
-        keys = PagedKeys(kv_cache, self.layouts[position])
-        rows = row_statistics(query, keys, step.plan, self._rules[position], heads)
-        one = len(groups) == 1 and len(groups[0]) == rows.shape[1]
-        rows = rows.mean(1, keepdim=True) if one else group_heads(rows, groups)
+        if self._compiled is not None:
+            rows = self._compiled.rows(position, query, kv_cache, step.rows)
+        else:
+            keys = PagedKeys(kv_cache, self.layouts[position])
+            plan = step.rows.plan(self._windows[position])
+            rows = row_statistics(query, keys, plan, self._rules[position], heads)
+            rows = group_heads(rows, groups)
         self.store.write_layer(position, step.slots, rows)
         step.layers_done += 1
 
@@ -260,9 +273,11 @@ class Capture:
                 f"that chooses tokens, so rows would be missing; set PIVOTTRACE_DISABLE=1 to run "
                 f"without capture."
             )
-        if step.batch is not None:
-            logits = logits.index_select(0, step.batch)
-        self.store.finish_rows(step.slots, token_statistics(logits), step.owners)
+        if self._compiled is not None:
+            tokens = self._compiled.token_statistics(logits, step.batch)
+        else:
+            tokens = token_statistics(logits if step.batch is None else logits[step.batch])
+        self.store.finish_rows(step.slots, tokens, step.owners)
 
     def _begin(self, metadata: Any) -> Step | None:
         """Which queries of this step are rows; None when there are none."""
@@ -283,7 +298,7 @@ class Capture:
         return Step(
             batch=batch,
             tokens=tokens if batch is not None or metadata.max_query_len > 1 else None,
-            plan=plan_rows(table, positions, prompts, kernel_block, self.config),
+            rows=StepRows(table, positions, prompts, kernel_block, self.config),
             slots=metadata.slot_mapping[tokens].to(torch.long),
             owners=owners,
         )
