@@ -63,8 +63,8 @@ def run_selftest(
         model_dir: a Hugging Face causal model to test instead of the tiny random one.
     Returns:
         dict with `backend`, `isa`, `dtype`, `layers`; `max_abs_error` (distances in units of their
-        window; None if no trace arrived) and `errors` by feature; `rows` compared; `missing`
-        rollouts without a trace; `greedy_identical`.
+        window; None if no trace arrived) and `errors` by feature; `rows` compared of
+        `tokens` generated; `missing` rollouts without a trace; `greedy_identical`.
     Raises PivotTraceError if there is no such model, and with the child's last words if it fails.
     """
     if os.environ.get(ENV_DISABLE) == "1":
@@ -177,6 +177,7 @@ def _measure(scratch: str, model_dir: str) -> dict[str, Any]:
         "max_abs_error": max(errors.values(), default=None),
         "errors": errors,
         "rows": rows,
+        "tokens": sum(map(len, captured)),
         "missing": missing,
         "greedy_identical": captured == plain,
     }

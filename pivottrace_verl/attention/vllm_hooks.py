@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from pivottrace_verl.attention.channel import Sender
@@ -34,6 +35,7 @@ from pivottrace_verl.attention.config import (
     CaptureConfig,
 )
 from pivottrace_verl.attention.cpu_rows import StepRows, compiled_rows
+from pivottrace_verl.attention.first_rows import LONGEST, check_complete, check_row, dense_row
 from pivottrace_verl.attention.keys import PagedKeys
 from pivottrace_verl.attention.reference import (
     FLOOR,
@@ -57,6 +59,8 @@ logger = logging.getLogger(__name__)
 _MARK = "_pivottrace"
 _LOGITS_CHUNK = 1 << 20
 """Logits read at once: few enough that what is made of them stays in the cache."""
+_FIRST = 4
+"""Requests of an engine that are checked, by `first_rows`."""
 _captures: "weakref.WeakSet[Capture]" = weakref.WeakSet()
 
 
@@ -145,6 +149,7 @@ class Capture:
         sender: Sender,
     ) -> None:
         self.runner = runner
+        self._sender = sender
         self.layers = layers
         self.layouts = [key_layout(layer) for layer in layers]
         self.config = config
@@ -175,7 +180,9 @@ class Capture:
             len(self.groups[0]),
             len(FEATURES),
         )
-        self.tracker = Tracker(self.store, block_size, layers[0].group, sender.trace)
+        self.tracker = Tracker(self.store, block_size, layers[0].group, self._send)
+        self._unchecked = [_FIRST] * len(layers)
+        self._unsent = _FIRST
         self._expecting = False
         self._step: Step | None = None
         self._batch: tuple[list[str], torch.Tensor, torch.Tensor] = ([], *[torch.empty(0)] * 2)
@@ -226,6 +233,8 @@ class Capture:
             # Profiling and warm-up runs have no metadata, or come outside a step.
             if self._expecting and metadata is not None:
                 self.record(position, query, kv_cache, metadata)
+                if self._unchecked[position] > 0 and metadata.max_query_len > 1:
+                    self._check(position, query, args[0], metadata)
             return out
 
         return traced_forward
@@ -262,6 +271,36 @@ class Capture:
             rows = group_heads(rows, groups)
         self.store.write_layer(position, step.slots, rows)
         step.layers_done += 1
+
+    def _send(self, key: str, stats: np.ndarray, tokens: np.ndarray, missing_rows: int) -> None:
+        if self._unsent > 0:
+            self._unsent -= 1
+            check_complete(key, len(tokens), missing_rows)
+        self._sender.trace(key, stats, tokens, missing_rows)
+
+    def _check(self, position: int, query: torch.Tensor, key: torch.Tensor, metadata: Any) -> None:
+        """Compare rows of the first prompts that are computed in one step; raises RuntimeError."""
+        step, (heads, groups) = self._step, self._heads[position]
+        if step is None:
+            return
+        starts = metadata.query_start_loc
+        requests = range(len(step.slots)) if step.batch is None else step.batch.tolist()
+        for row, request in enumerate(requests):
+            start, end = int(starts[request]), int(starts[request + 1])
+            whole = end - start == int(metadata.seq_lens[request]) <= LONGEST
+            if not whole or self._unchecked[position] == 0:
+                continue
+            self._unchecked[position] -= 1
+            expected = dense_row(
+                query[end - 1],
+                key[start:end],
+                self._rules[position],
+                self._windows[position],
+                self.config,
+            )
+            expected = group_heads((expected if heads is None else expected[heads])[None], groups)
+            captured = self.store.stats[step.slots[row], position]
+            check_row(captured, expected[0], self.layers[position].index, self.config.window)
 
     def finish(self, logits: torch.Tensor) -> None:
         """The step's logits [requests, vocabulary]: the rows are complete."""

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from pivottrace_verl.attention import cpu_kernel
 from pivottrace_verl.attention.config import CaptureConfig
 from pivottrace_verl.attention.cpu_rows import CompiledRows, StepRows, compiled_rows
+from pivottrace_verl.attention.first_rows import check_complete, check_row, dense_row
 from pivottrace_verl.attention.keys import LAYOUTS, PagedKeys, StridedKeys, find_layout
 from pivottrace_verl.attention.reference import (
     ScoreRule,
@@ -183,6 +184,30 @@ def test_compiled_token_statistics_are_those_of_softmax_with_masked_words_left_o
         found = compiled.token_statistics(own, torch.tensor([3, 1, 2]))
         assert torch.allclose(found, token_statistics(own)[[3, 1, 2]], atol=2e-5)
         assert torch.equal(compiled.token_statistics(own, None)[1:], found[[1, 2, 0]])
+
+
+@pytest.mark.parametrize("sliding_window", [None, 9])
+@pytest.mark.parametrize("rule", [RULE, ScoreRule(0.25, 3.0), ScoreRule(0.25, 0.0, torch.ones(4))])
+def test_a_first_prompt_passes_with_its_own_row_and_fails_with_another(rule, sliding_window):
+    config = CaptureConfig()
+    keys, pages, table = make_pages([70], 2, 32, 32, 0)
+    query = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(1))
+    expected = dense_row(query[0], keys[0].transpose(0, 1), rule, sliding_window, config)
+    for position in (69, 68):
+        positions, prompt = torch.tensor([position]), torch.tensor([70])
+        plan = plan_rows(table, positions, prompt, 32, config, sliding_window)
+        captured = row_statistics(query, pages, plan, rule)[0]
+        if position == 69:
+            check_row(captured, expected, 3, config.window)
+        else:
+            with pytest.raises(RuntimeError, match=r"layer 3 .*PIVOTTRACE_DISABLE=1"):
+                check_row(captured, expected, 3, config.window)
+
+
+def test_a_first_request_with_missing_rows_stops_the_engine():
+    check_complete("a", 5, 0)
+    with pytest.raises(RuntimeError, match=r"3 rows for the 5 tokens .* 'a'"):
+        check_complete("a", 5, 2)
 
 
 def test_compiled_rows_are_proved_before_they_are_used(monkeypatch):
