@@ -9,8 +9,8 @@ it when the first engine starts and keeps the result on disk.
 Numbers are float32, or bfloat16 as its 16 bits (uint16), which are widened as they are read.
 Everything runs in the calling thread and without the interpreter's lock.
 
-Axes: N rows of a step, H query heads, H_kv key heads, D
-head size, B blocks of a row, G head groups, F features in the order of `pivots.FEATURES`.
+Axes: N rows of a step, H query heads, H_kv key heads, D head size, B blocks of a row, G head
+groups, F features in the order of `pivots.FEATURES`, V vocabulary.
 """
 
 # numba reads the types off the arguments.

@@ -9,6 +9,7 @@ size, G head groups, F features.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -27,7 +28,6 @@ from pivottrace_verl.pivots import FEATURES
 
 logger = logging.getLogger(__name__)
 
-Groups = tuple[tuple[int, ...], ...]
 COMPILED = (torch.float32, torch.bfloat16)
 NO_WINDOW = 1 << 62
 PROVED = 0.01
@@ -66,45 +66,51 @@ class StepRows:
         return table, positions, prompts
 
 
-class CompiledRows:
-    """`cpu_kernel` with the constants of one engine's traced layers."""
+@dataclass(frozen=True)
+class LayerRows:
+    """What makes the rows of one traced layer."""
 
-    def __init__(
-        self,
-        kernel: Any,
-        layouts: Sequence[str],
-        rules: Sequence[ScoreRule],
-        windows: Sequence[int | None],
-        groups: Sequence[Groups],
-        n_heads: int,
-        config: CaptureConfig,
-    ) -> None:
+    layout: str
+    """Of its keys, see `keys`."""
+    rule: ScoreRule
+    sliding_window: int | None
+    """Keys a row sees, its own included; None: all up to its position."""
+    groups: tuple[tuple[int, ...], ...]
+    """Query heads that are averaged."""
+    n_heads: int
+
+
+class CompiledRows:
+    """`cpu_kernel` for the traced layers of one engine."""
+
+    def __init__(self, kernel: Any, layers: Sequence[LayerRows], config: CaptureConfig) -> None:
         self._kernel = kernel
-        self._layers = [
-            (layout == "amx", _weights(own, n_heads), np.float32(rule.scale),
-             np.float32(rule.soft_cap), _sinks(rule, n_heads), window or NO_WINDOW)
-            for layout, rule, window, own in zip(layouts, rules, windows, groups, strict=True)
+        self._layers = layers
+        self._constants = [
+            (_weights(layer), np.float32(layer.rule.scale), np.float32(layer.rule.soft_cap),
+             _sinks(layer), layer.sliding_window or NO_WINDOW, config.window, config.sink)
+            for layer in layers
         ]  # fmt: skip
-        self._layouts, self._rules, self._windows = layouts, rules, windows
         self._config = config
 
-    def prove(self, layer: int, cache: torch.Tensor) -> None:
+    def prove(self, place: int, cache: torch.Tensor) -> None:
         """Compile for keys like those of `cache`, and compare with the reference on random ones.
 
         Raises RuntimeError where the two differ.
         """
-        rule, weights = self._rules[layer], torch.from_numpy(self._layers[layer][1])
+        layer = self._layers[place]
         generator = torch.Generator().manual_seed(0)
         block_size = cache.shape[2]
         pages = torch.randn(3, *cache.shape[1:], generator=generator).to(cache.dtype)
-        shape = (2, weights.shape[1], cache.shape[3] // 2)
+        shape = (2, layer.n_heads, cache.shape[3] // 2)
         query = torch.randn(shape, generator=generator).to(cache.dtype)
         table = torch.tensor([[2, 1], [1, 0]], dtype=torch.int32)
         positions = torch.tensor([block_size + 5, block_size - 2])
         step = StepRows(table, positions, positions - 3, block_size, self._config)
-        found = self.rows(layer, query, pages, step)
-        keys = PagedKeys(pages, self._layouts[layer])
-        rows = row_statistics(query, keys, step.plan(self._windows[layer]), rule)
+        found = self.rows(place, query, pages, step)
+        keys, plan = PagedKeys(pages, layer.layout), step.plan(layer.sliding_window)
+        rows = row_statistics(query, keys, plan, layer.rule)
+        weights = torch.from_numpy(self._constants[place][0])
         error = float((found - torch.einsum("gh,nhf->ngf", weights, rows)).abs().max())
         if not error <= PROVED:
             raise RuntimeError(
@@ -114,20 +120,20 @@ class CompiledRows:
             )
 
     def rows(
-        self, layer: int, query: torch.Tensor, cache: torch.Tensor, step: StepRows
+        self, place: int, query: torch.Tensor, cache: torch.Tensor, step: StepRows
     ) -> torch.Tensor:
         """Rows [N, G, F] float32 of one traced layer.
 
         Args:
-            layer: its place among the traced layers.
+            place: of the layer among the traced ones.
             query: [N, H, D] after rotary embedding.
             cache: the layer's keys and values as in `keys.PagedKeys`.
         """
-        amx, weights, *rule = self._layers[layer]
-        out = torch.empty(len(query), len(weights), len(FEATURES))
+        amx, constants = self._layers[place].layout == "amx", self._constants[place]
+        out = torch.empty(len(query), len(constants[0]), len(FEATURES))
         self._kernel.layer_rows(
             _numbers(query), _numbers(cache.view(*cache.shape[:2], -1)), amx, *step.arrays,
-            weights, *rule, self._config.window, self._config.sink, out.numpy(),
+            *constants, out.numpy(),
         )  # fmt: skip
         return out
 
@@ -140,13 +146,7 @@ class CompiledRows:
 
 
 def compiled_rows(
-    caches: Sequence[torch.Tensor],
-    layouts: Sequence[str],
-    rules: Sequence[ScoreRule],
-    windows: Sequence[int | None],
-    groups: Sequence[Groups],
-    n_heads: int,
-    config: CaptureConfig,
+    caches: Sequence[torch.Tensor], layers: Sequence[LayerRows], config: CaptureConfig
 ) -> CompiledRows | None:
     """The compiled rows of an engine with the traced layers' `caches`, proved to be right."""
     if not caches or any(cache.dtype not in COMPILED for cache in caches):
@@ -156,9 +156,9 @@ def compiled_rows(
     except (ImportError, RuntimeError) as error:
         logger.warning("PivotTrace captures without compiled code, more slowly: %s", error)
         return None
-    compiled = CompiledRows(cpu_kernel, layouts, rules, windows, groups, n_heads, config)
-    for layer, cache in enumerate(caches):
-        compiled.prove(layer, cache)
+    compiled = CompiledRows(cpu_kernel, layers, config)
+    for place, cache in enumerate(caches):
+        compiled.prove(place, cache)
     compiled.token_statistics(torch.zeros(1, 1, dtype=caches[0].dtype), None)
     return compiled
 
@@ -172,17 +172,17 @@ def _numbers(tensor: torch.Tensor) -> np.ndarray:
     return numbers
 
 
-def _weights(groups: Groups, n_heads: int) -> np.ndarray:
+def _weights(layer: LayerRows) -> np.ndarray:
     """[G, H] the share of each head in its groups' means."""
-    weights = np.zeros((len(groups), n_heads), np.float32)
-    for group, heads in enumerate(groups):
+    weights = np.zeros((len(layer.groups), layer.n_heads), np.float32)
+    for group, heads in enumerate(layer.groups):
         weights[group, list(heads)] = 1 / max(1, len(heads))
     return weights
 
 
-def _sinks(rule: ScoreRule, n_heads: int) -> np.ndarray:
+def _sinks(layer: LayerRows) -> np.ndarray:
     """[H] learnt scores; -inf, which has no weight, where there are none."""
-    if rule.sinks is None:
-        return np.full(n_heads, -np.inf, np.float32)
-    scores: np.ndarray = rule.sinks.detach().float().numpy()
+    if layer.rule.sinks is None:
+        return np.full(layer.n_heads, -np.inf, np.float32)
+    scores: np.ndarray = layer.rule.sinks.detach().float().numpy()
     return scores

@@ -34,7 +34,7 @@ from pivottrace_verl.attention.config import (
     ENV_TOKEN,
     CaptureConfig,
 )
-from pivottrace_verl.attention.cpu_rows import StepRows, compiled_rows
+from pivottrace_verl.attention.cpu_rows import LayerRows, StepRows, compiled_rows
 from pivottrace_verl.attention.first_rows import LONGEST, check_complete, check_row, dense_row
 from pivottrace_verl.attention.keys import PagedKeys
 from pivottrace_verl.attention.reference import (
@@ -165,11 +165,12 @@ class Capture:
         self._windows = [sliding_window(impl) for impl in impls]
         self._compiled = compiled_rows(
             [layer.module.kv_cache for layer in layers],
-            self.layouts,
-            self._rules,
-            self._windows,
-            self.groups,
-            layers[0].n_heads,
+            [
+                LayerRows(layout, rule, window, groups, layer.n_heads)
+                for layout, rule, window, groups, layer in zip(
+                    self.layouts, self._rules, self._windows, self.groups, layers, strict=True
+                )
+            ],
             config,
         )
         block_size = kv_cache_config.kv_cache_groups[layers[0].group].kv_cache_spec.block_size

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pivottrace_verl.attention import cpu_kernel
 from pivottrace_verl.attention.config import CaptureConfig
-from pivottrace_verl.attention.cpu_rows import CompiledRows, StepRows, compiled_rows
+from pivottrace_verl.attention.cpu_rows import CompiledRows, LayerRows, StepRows, compiled_rows
 from pivottrace_verl.attention.first_rows import check_complete, check_row, dense_row
 from pivottrace_verl.attention.keys import LAYOUTS, PagedKeys, StridedKeys, find_layout
 from pivottrace_verl.attention.reference import (
@@ -83,7 +83,8 @@ def dense(query, keys, position, prompt, config, rule=RULE, sliding_window=None)
 
 
 def make_compiled(layout, rule, sliding_window, groups, n_heads, config):
-    return CompiledRows(cpu_kernel, [layout], [rule], [sliding_window], [groups], n_heads, config)
+    layer = LayerRows(layout, rule, sliding_window, groups, n_heads)
+    return CompiledRows(cpu_kernel, [layer], config)
 
 
 def worst(found, expected, config):
@@ -213,12 +214,12 @@ def test_a_first_request_with_missing_rows_stops_the_engine():
 def test_compiled_rows_are_proved_before_they_are_used(monkeypatch):
     caches = [torch.zeros(4, 2, 32, 64)] * 2
     config = CaptureConfig()
-    settings = (["columns"] * 2, [RULE] * 2, [None, 8], [((0, 1),)] * 2, 4, config)
-    assert compiled_rows(caches, *settings) is not None
-    assert compiled_rows([cache.half() for cache in caches], *settings) is None
+    layers = [LayerRows("columns", RULE, window, ((0, 1),), 4) for window in (None, 8)]
+    assert compiled_rows(caches, layers, config) is not None
+    assert compiled_rows([cache.half() for cache in caches], layers, config) is None
     monkeypatch.setattr(cpu_kernel, "layer_rows", lambda *arguments: arguments[-1].fill(1.0))
     with pytest.raises(RuntimeError, match=r"wrong rows at start .*PIVOTTRACE_DISABLE=1"):
-        compiled_rows(caches, *settings)
+        compiled_rows(caches, layers, config)
 
 
 def test_a_chunk_of_rows_gives_the_same_numbers_as_all_at_once(monkeypatch):

@@ -137,7 +137,7 @@ def context_cost(shape: dict[str, Any], contexts: list[int], n: int) -> dict[str
     import torch
 
     from pivottrace_verl.attention.config import CaptureConfig
-    from pivottrace_verl.attention.cpu_rows import StepRows, compiled_rows
+    from pivottrace_verl.attention.cpu_rows import LayerRows, StepRows, compiled_rows
     from pivottrace_verl.attention.keys import PagedKeys
     from pivottrace_verl.attention.reference import ScoreRule, row_statistics
 
@@ -151,10 +151,8 @@ def context_cost(shape: dict[str, Any], contexts: list[int], n: int) -> dict[str
         table = torch.randperm(n * blocks).view(n, blocks)
         positions = torch.full((n,), context - 1)
         step = StepRows(table, positions, positions // 4, block, CaptureConfig())
-        groups = (tuple(range(n_heads)),)
-        compiled = compiled_rows(
-            [cache], ["columns"], [rule], [None], [groups], n_heads, CaptureConfig()
-        )
+        layer = LayerRows("columns", rule, None, (tuple(range(n_heads)),), n_heads)
+        compiled = compiled_rows([cache], [layer], CaptureConfig())
         assert compiled is not None
         ways: dict[str, Callable[[], Any]] = {
             "compiled": partial(compiled.rows, 0, query, cache, step),
