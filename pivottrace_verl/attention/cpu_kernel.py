@@ -222,6 +222,9 @@ def layer_rows(
     n_heads, size = query.shape[1], query.shape[2]
     kv_heads = pages.shape[1]
     sharing, block_size = n_heads // kv_heads, pages.shape[2] // (2 * size)
+    wanted = np.zeros(n_heads, np.bool_)
+    for head in range(n_heads):
+        wanted[head] = np.any(weights[:, head])
     longest = 0
     for position in positions:
         longest = max(longest, position)
@@ -237,7 +240,7 @@ def layer_rows(
         own[:] = F32(0)
         for kv_head in range(kv_heads):
             first_head = kv_head * sharing
-            if not np.any(weights[:, first_head : first_head + sharing]):
+            if not np.any(wanted[first_head : first_head + sharing]):
                 continue
             for g in range(sharing):
                 for d in range(size):
@@ -247,10 +250,14 @@ def layer_rows(
                 page = pages[table[row, block], kv_head]
                 keys = _columns(page, held, block_size, size, amx)
                 for g in range(sharing):
-                    _products(queries[g], keys, scores[g, at : at + block_size], block_size, size)
+                    if wanted[first_head + g]:
+                        own_scores = scores[g, at : at + block_size]
+                        _products(queries[g], keys, own_scores, block_size, size)
             begin, end = first - first_block * block_size, position + 1 - first_block * block_size
             for g in range(sharing):
                 head = first_head + g
+                if not wanted[head]:
+                    continue
                 used = scores[g, begin:end]
                 if soft_cap > 0:
                     for j in range(len(used)):
