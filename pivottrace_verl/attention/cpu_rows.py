@@ -184,5 +184,5 @@ def _sinks(layer: LayerRows) -> np.ndarray:
     """[H] learnt scores; -inf, which has no weight, where there are none."""
     if layer.rule.sinks is None:
         return np.full(layer.n_heads, -np.inf, np.float32)
-    scores: np.ndarray = layer.rule.sinks.detach().float().numpy()
+    scores: np.ndarray = layer.rule.sinks.float().numpy()
     return scores

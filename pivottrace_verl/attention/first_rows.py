@@ -42,7 +42,7 @@ def dense_row(
         scores[:, : max(0, length - sliding_window)] = -torch.inf
     lse, learnt = scores.logsumexp(-1, keepdim=True), None
     if rule.sinks is not None:
-        sinks = rule.sinks.detach().double()[:, None]
+        sinks = rule.sinks.double()[:, None]
         lse = torch.logaddexp(lse, sinks)
         learnt = (sinks - lse).exp()
     position = torch.tensor([length - 1])

@@ -11,6 +11,7 @@ import torch
 
 from pivottrace_verl.attention.config import CaptureConfig
 from pivottrace_verl.attention.keys import find_layout
+from pivottrace_verl.attention.reference import ScoreRule
 
 
 @dataclass(frozen=True)
@@ -138,6 +139,12 @@ def _drops_keys(layer: TracedLayer, group: Any) -> str | None:
             f"layers too keeps them with disable_hybrid_kv_cache_manager=True"
         )
     return None
+
+
+def score_rule(impl: Any) -> ScoreRule:
+    """How a layer of the CPU backend scores keys."""
+    sinks = None if impl.sinks is None else impl.sinks.detach()
+    return ScoreRule(impl.scale, impl.logits_soft_cap, sinks)
 
 
 def sliding_window(impl: Any) -> int | None:
