@@ -11,7 +11,6 @@ import torch
 
 from pivottrace_verl.attention.config import CaptureConfig
 from pivottrace_verl.attention.keys import find_layout
-from pivottrace_verl.attention.reference import ScoreRule
 
 
 @dataclass(frozen=True)
@@ -125,6 +124,8 @@ def _problem(layer: TracedLayer) -> str | None:
         return f"has a quantised KV cache ({impl.kv_cache_dtype}), which cannot be read"
     if impl.alibi_slopes is not None:
         return "uses ALiBi, which is not supported"
+    if impl.sinks is not None:
+        return "has learnt attention sinks, which are not supported yet"
     return None
 
 
@@ -139,12 +140,6 @@ def _drops_keys(layer: TracedLayer, group: Any) -> str | None:
             f"layers too keeps them with disable_hybrid_kv_cache_manager=True"
         )
     return None
-
-
-def score_rule(impl: Any) -> ScoreRule:
-    """How a layer of the CPU backend scores keys."""
-    sinks = None if impl.sinks is None else impl.sinks.detach()
-    return ScoreRule(impl.scale, impl.logits_soft_cap, sinks)
 
 
 def sliding_window(impl: Any) -> int | None:

@@ -39,6 +39,7 @@ from pivottrace_verl.attention.first_rows import LONGEST, check_complete, check_
 from pivottrace_verl.attention.keys import PagedKeys
 from pivottrace_verl.attention.reference import (
     FLOOR,
+    ScoreRule,
     group_heads,
     needed_heads,
     row_statistics,
@@ -49,7 +50,6 @@ from pivottrace_verl.attention.support import (
     check_engine,
     find_layers,
     key_layout,
-    score_rule,
     sliding_window,
 )
 from pivottrace_verl.pivots import FEATURES
@@ -161,7 +161,7 @@ class Capture:
             for groups, layer in zip(self.groups, layers, strict=True)
         ]
         impls = [layer.module.impl for layer in layers]
-        self._rules = [score_rule(impl) for impl in impls]
+        self._rules = [ScoreRule(impl.scale, impl.logits_soft_cap) for impl in impls]
         self._windows = [sliding_window(impl) for impl in impls]
         self._compiled = compiled_rows(
             [layer.module.kv_cache for layer in layers],

@@ -143,7 +143,7 @@ NAMES = (
             ("sliding_window", "how many keys a query sees; -1 means all"),
             ("logits_soft_cap", "the soft cap of the scores; 0 means none"),
             ("alibi_slopes", "ALiBi is refused"),
-            ("sinks", "learnt scores that join the softmax without a key"),
+            ("sinks", "learnt sinks are refused"),
         )
     ),
     *(

@@ -110,6 +110,7 @@ def make_configs(layers, groups=None):
         ({"dtype": torch.float8_e4m3fn}, "quantised KV cache"),
         ({"is_fp8_kv_cache": True}, "quantised KV cache"),
         ({"alibi_slopes": torch.ones(4)}, "ALiBi"),
+        ({"sinks": torch.ones(4)}, "attention sinks"),
     ],
 )
 def test_a_layer_that_cannot_be_read_is_refused_if_named_and_passed_over_if_not(changes, says):
