@@ -275,11 +275,14 @@ def doctor(
     capture: Annotated[
         bool, typer.Option(help="Prove the capture on a tiny model (about half a minute).")
     ] = True,
+    model: Annotated[
+        Path | None, typer.Option(help="Prove it on this Hugging Face model instead, in float32.")
+    ] = None,
 ) -> None:
     """Say what is installed, what loaded, and whether the capture tells the truth."""
     from pivottrace_verl.doctor import diagnose
 
-    found = diagnose(capture=capture)
+    found = diagnose(capture=capture, model=model)
     if as_json:
         ui.print_json(found)
     else:

@@ -13,9 +13,11 @@ import os
 import platform
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 from pivottrace_verl import __version__
+from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.plugin import STATE, cpu_platform_requested, disabled
 
 MAX_ABS_ERROR = 1e-4
@@ -32,17 +34,20 @@ class Check:
     says: str
 
 
-def diagnose(*, capture: bool = True) -> dict[str, Any]:
+def diagnose(*, capture: bool = True, model: Path | None = None) -> dict[str, Any]:
     """Run every check; `ok` is False if one that is needed failed.
 
-    `capture=False` leaves out the proof on a model, which starts an engine (about 20 seconds).
+    `capture=False` leaves out the proof on a model, which starts an engine (about 20 seconds);
+    `model` is the folder of the one it runs on, None for a tiny random one.
     """
+    if model is not None and not (model / "config.json").is_file():
+        raise PivotTraceError(f"There is no Hugging Face model at {model}: no config.json.")
     # vLLM greets on import; this command prints its own findings and, with --json, only them.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     checks = [_python(), *_distributions(), *_entry_points(), _platform(), _kill_switch()]
     facts: dict[str, Any] = {}
     if capture and not disabled() and all(c.ok for c in checks if c.needed):
-        check, facts = _capture()
+        check, facts = _capture(model)
         checks.append(check)
     return {
         "ok": all(check.ok for check in checks if check.needed),
@@ -147,22 +152,26 @@ def _kill_switch() -> Check:
     return Check("kill switch", True, False, says)
 
 
-def _capture() -> tuple[Check, dict[str, Any]]:
+def _capture(model: Path | None) -> tuple[Check, dict[str, Any]]:
     from pivottrace_verl.attention.selftest import run_selftest
 
     try:
-        facts = run_selftest()
+        facts = run_selftest(model)
     except Exception as failure:  # noqa: BLE001 - the sentence goes to the user
         return Check("capture", False, True, f"The capture's self-test failed: {failure}"), {}
+    if facts["max_abs_error"] is None:
+        says = f"None of {facts['missing']} rollouts brought its attention out of vLLM."
+        return Check("capture", False, True, says), facts
     ok = (
         facts["max_abs_error"] <= MAX_ABS_ERROR
         and facts["missing"] == 0
+        and facts["rows"] == facts["tokens"]
         and facts["greedy_identical"]
     )
     says = (
         f"Attention captured in vLLM's {facts['backend']} backend differs from dense attention by "
-        f"at most {facts['max_abs_error']:.1e} over {facts['rows']} tokens "
-        f"({facts['missing']} missing; greedy tokens "
+        f"at most {facts['max_abs_error']:.1e} over {facts['rows']} of {facts['tokens']} tokens "
+        f"({facts['missing']} rollouts missing; greedy tokens "
         f"{'identical' if facts['greedy_identical'] else 'DIFFERENT'} with capture on and off)."
     )
     return Check("capture", ok, True, says), facts

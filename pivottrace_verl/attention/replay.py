@@ -40,7 +40,7 @@ def replay(
     if not prompt_ids or not output_ids:
         raise PivotTraceError("A replay needs at least one prompt token and one output token.")
     prompt, n_rows = len(prompt_ids), len(output_ids)
-    layers = config.choose_layers(full_attention_layers(model))
+    layers = config.choose_layers(_layers_to_choose_from(model, config))
     positions = torch.arange(prompt - 1, prompt - 1 + n_rows)
     ids = torch.tensor([[*prompt_ids, *output_ids[:-1]]], device=model.device)
     with torch.no_grad(), _attention_of(model, layers, positions) as rows:
@@ -110,6 +110,16 @@ def full_attention_layers(model: Any) -> list[int]:
     return [i for i, kind in enumerate(kinds) if kind == "full_attention"]
 
 
+def _layers_to_choose_from(model: Any, config: CaptureConfig) -> list[int]:
+    """As the capture's: layers with a sliding window only if they are named, or alone."""
+    far = full_attention_layers(model)
+    return (
+        far
+        if config.layers is None and far
+        else list(range(model.config.get_text_config().num_hidden_layers))
+    )
+
+
 def _check_rows(model: Any, layers: Sequence[int], rows: Mapping[int, Any]) -> None:
     missing = [layer for layer in layers if layer not in rows]
     if missing:
@@ -137,7 +147,14 @@ def _attention_of(
         eager = sys.modules[type(module).__module__].eager_attention_forward
         output, weights = eager(module, query, key, *args, **kwargs)
         if module.layer_idx in layers:
-            scores = _scores(query, key, kwargs["scaling"], kwargs.get("softcap"), positions)
+            scores = _scores(
+                query,
+                key,
+                kwargs["scaling"],
+                kwargs.get("softcap"),
+                positions,
+                kwargs.get("sliding_window"),
+            )
             lse, learnt = scores.logsumexp(-1), None
             if getattr(module, "sinks", None) is not None:
                 sink = module.sinks.double()[:, None]
@@ -162,6 +179,7 @@ def _scores(
     scaling: float,
     softcap: float | None,
     positions: torch.Tensor,
+    sliding_window: int | None,
 ) -> torch.Tensor:
     """[H, N, S] from query [1, H, S, D] and key [1, H_kv, S, D] under a causal mask."""
     q = query[0, :, positions].double()
@@ -169,8 +187,11 @@ def _scores(
     scores = torch.einsum("hnd,hsd->hns", q, k) * scaling
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    later = torch.arange(k.shape[1], device=k.device) > positions.to(k.device)[:, None]
-    return scores.masked_fill(later, -torch.inf)
+    distance = positions.to(k.device)[:, None] - torch.arange(k.shape[1], device=k.device)
+    unseen = distance < 0
+    if sliding_window is not None:
+        unseen |= distance >= sliding_window
+    return scores.masked_fill(unseen, -torch.inf)
 
 
 def compare(trace: Trace, reference: Trace, config: CaptureConfig) -> dict[str, float]:

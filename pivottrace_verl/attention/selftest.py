@@ -29,6 +29,23 @@ ENVIRONMENT = {
 }
 """What a small vLLM engine on a CPU needs; also used by the tests."""
 
+_SLIDING = {
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "sliding_window": 64,
+}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("LlamaConfig", {}),
+    "qwen2": ("Qwen2Config", {}),
+    "qwen3": ("Qwen3Config", {"head_dim": 32}),
+    "mistral": ("MistralConfig", {"head_dim": 32, "sliding_window": None}),
+    "gemma2": (
+        "Gemma2Config",
+        {"head_dim": 32, "query_pre_attn_scalar": 32, "attn_logit_softcapping": 5.0, **_SLIDING},
+    ),
+    "gemma3": ("Gemma3TextConfig", {"head_dim": 256, "query_pre_attn_scalar": 256, **_SLIDING}),
+}
+"""Tiny models to test with: the class of their configuration and what is their own in it."""
+
 PROMPT_LENGTHS = (1, 5, 40, 150)
 N_TOKENS = 48
 
@@ -42,8 +59,8 @@ def run_selftest(
         model_dir: a Hugging Face causal model to test instead of the tiny random one.
     Returns:
         dict with `backend`, `isa`, `dtype`, `layers`; `max_abs_error` (distances in units of their
-        window; None if no trace arrived) and `errors` by feature; `rows` compared; `missing`
-        rollouts without a trace; `greedy_identical`.
+        window; None if no trace arrived) and `errors` by feature; `rows` compared of
+        `tokens` generated; `missing` rollouts without a trace; `greedy_identical`.
     Raises PivotTraceError if there is no such model, and with the child's last words if it fails.
     """
     if os.environ.get(ENV_DISABLE) == "1":
@@ -80,43 +97,35 @@ def run_selftest(
 def make_tiny_model(
     directory: str | os.PathLike[str], architecture: str = "llama", seed: int = 0
 ) -> Any:
-    """A random four-layer model with grouped queries and head size 32, saved without tokenizer.
+    """A random four-layer model with grouped queries, saved without tokenizer.
 
-    `architecture` is llama, qwen2 or gemma2 (soft caps, every other layer slides). Weights are
-    drawn wide enough that attention is far from uniform, so that a wrong row could not pass for a
-    right one.
+    `architecture` is one of `ARCHITECTURES`; where a model has layers with a sliding window, every
+    other one has. Weights are drawn wide enough that attention is far from uniform, so that a wrong
+    row could not pass for a right one.
     """
     import torch
-    from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Qwen2Config
+    import transformers
 
-    config_class = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gemma2": Gemma2Config}[
-        architecture
-    ]
-    own: dict[str, Any] = {}
-    if architecture == "gemma2":
-        own = {
-            "head_dim": 32,
-            "query_pre_attn_scalar": 32,
-            "attn_logit_softcapping": 5.0,
-            "sliding_window": 64,
+    config_class, own = ARCHITECTURES[architecture]
+    config = getattr(transformers, config_class)(
+        **{
+            "vocab_size": 384,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 1024,
+            "initializer_range": 0.12,
+            "bos_token_id": None,
+            "eos_token_id": 1,
+            "pad_token_id": 0,
+            **own,
         }
-    config = config_class(
-        vocab_size=384,
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=1024,
-        initializer_range=0.12,
-        bos_token_id=None,
-        eos_token_id=1,
-        pad_token_id=0,
-        **own,
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config).float().eval()
+        model = transformers.AutoModelForCausalLM.from_config(config).float().eval()
     model.save_pretrained(directory)
     return model
 
@@ -161,6 +170,7 @@ def _measure(scratch: str, model_dir: str) -> dict[str, Any]:
         "max_abs_error": max(errors.values(), default=None),
         "errors": errors,
         "rows": rows,
+        "tokens": sum(map(len, captured)),
         "missing": missing,
         "greedy_identical": captured == plain,
     }

@@ -92,13 +92,18 @@ def find_layers(vllm_config: Any, kv_cache_config: Any, config: CaptureConfig) -
     if not found:
         kinds = "; ".join(others[:3]) or "none"
         refuse(f"the model has no plain attention layer that can be read (it has {kinds})")
-    problems = {index: _problem(layer) for index, layer in found.items()}
+    problems = {
+        index: _problem(layer) or _drops_keys(layer, kv_cache_config.kv_cache_groups[layer.group])
+        for index, layer in found.items()
+    }
     readable = sorted(index for index, problem in problems.items() if problem is None)
     if config.layers is not None or not readable:
         for index in config.layers or sorted(found)[:1]:
             if problems.get(index) is not None:
                 refuse(f"layer {index} {problems[index]}")
-    chosen = [found[index] for index in config.choose_layers(readable)]
+    far = [i for i in readable if sliding_window(found[i].module.impl) is None]
+    available = far if config.layers is None and far else readable
+    chosen = [found[index] for index in config.choose_layers(available)]
     if len({layer.group for layer in chosen}) > 1:
         refuse("the layers to trace lie in different KV cache groups; choose layers of one kind")
     if len({layer.n_heads for layer in chosen}) > 1:
@@ -117,13 +122,29 @@ def _problem(layer: TracedLayer) -> str | None:
         return f"has a quantised KV cache ({layer.module.kv_cache.dtype}), which cannot be read"
     if impl.is_fp8_kv_cache:
         return f"has a quantised KV cache ({impl.kv_cache_dtype}), which cannot be read"
-    if impl.sliding_window != -1:
-        return f"attends to a sliding window of {impl.sliding_window} tokens, not supported yet"
     if impl.alibi_slopes is not None:
         return "uses ALiBi, which is not supported"
     if impl.sinks is not None:
         return "has learnt attention sinks, which are not supported yet"
     return None
+
+
+def _drops_keys(layer: TracedLayer, group: Any) -> str | None:
+    """Why the rows of a layer would be gone when their request ends, or None."""
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+    if isinstance(group.kv_cache_spec, SlidingWindowSpec):
+        return (
+            f"attends to a sliding window of {sliding_window(layer.module.impl)} tokens and vLLM "
+            f"drops its older keys, and with them the rows; an engine of a model that has other "
+            f"layers too keeps them with disable_hybrid_kv_cache_manager=True"
+        )
+    return None
+
+
+def sliding_window(impl: Any) -> int | None:
+    """Keys that a query of a layer of the CPU backend sees, its own included; None: all."""
+    return None if impl.sliding_window == -1 else int(impl.sliding_window)
 
 
 def key_layout(layer: TracedLayer) -> str:

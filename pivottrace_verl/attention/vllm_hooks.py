@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from pivottrace_verl.attention.channel import Sender
@@ -33,14 +34,14 @@ from pivottrace_verl.attention.config import (
     ENV_TOKEN,
     CaptureConfig,
 )
+from pivottrace_verl.attention.cpu_rows import LayerRows, StepRows, compiled_rows
+from pivottrace_verl.attention.first_rows import LONGEST, check_complete, check_row, dense_row
 from pivottrace_verl.attention.keys import PagedKeys
 from pivottrace_verl.attention.reference import (
     FLOOR,
-    RowPlan,
     ScoreRule,
     group_heads,
     needed_heads,
-    plan_rows,
     row_statistics,
 )
 from pivottrace_verl.attention.store import NOBODY, SlotStore, Tracker
@@ -49,6 +50,7 @@ from pivottrace_verl.attention.support import (
     check_engine,
     find_layers,
     key_layout,
+    sliding_window,
 )
 from pivottrace_verl.pivots import FEATURES
 
@@ -57,6 +59,8 @@ logger = logging.getLogger(__name__)
 _MARK = "_pivottrace"
 _LOGITS_CHUNK = 1 << 20
 """Logits read at once: few enough that what is made of them stays in the cache."""
+_FIRST = 4
+"""Requests of an engine that are checked, by `first_rows`."""
 _captures: "weakref.WeakSet[Capture]" = weakref.WeakSet()
 
 
@@ -127,7 +131,7 @@ class Step:
     """[N] which of the batch's requests have a row; None for all."""
     tokens: torch.Tensor | None
     """[N] which of the batch's tokens are the rows; None for all."""
-    plan: RowPlan
+    rows: StepRows
     slots: torch.Tensor
     owners: torch.Tensor
     layers_done: int = 0
@@ -145,6 +149,7 @@ class Capture:
         sender: Sender,
     ) -> None:
         self.runner = runner
+        self._sender = sender
         self.layers = layers
         self.layouts = [key_layout(layer) for layer in layers]
         self.config = config
@@ -157,6 +162,17 @@ class Capture:
         ]
         impls = [layer.module.impl for layer in layers]
         self._rules = [ScoreRule(impl.scale, impl.logits_soft_cap) for impl in impls]
+        self._windows = [sliding_window(impl) for impl in impls]
+        self._compiled = compiled_rows(
+            [layer.module.kv_cache for layer in layers],
+            [
+                LayerRows(layout, rule, window, groups, layer.n_heads)
+                for layout, rule, window, groups, layer in zip(
+                    self.layouts, self._rules, self._windows, self.groups, layers, strict=True
+                )
+            ],
+            config,
+        )
         block_size = kv_cache_config.kv_cache_groups[layers[0].group].kv_cache_spec.block_size
         self._block_size = block_size
         self.store = SlotStore(
@@ -165,7 +181,9 @@ class Capture:
             len(self.groups[0]),
             len(FEATURES),
         )
-        self.tracker = Tracker(self.store, block_size, layers[0].group, sender.trace)
+        self.tracker = Tracker(self.store, block_size, layers[0].group, self._send)
+        self._unchecked = [_FIRST] * len(layers)
+        self._unsent = _FIRST
         self._expecting = False
         self._step: Step | None = None
         self._batch: tuple[list[str], torch.Tensor, torch.Tensor] = ([], *[torch.empty(0)] * 2)
@@ -216,6 +234,8 @@ class Capture:
             # Profiling and warm-up runs have no metadata, or come outside a step.
             if self._expecting and metadata is not None:
                 self.record(position, query, kv_cache, metadata)
+                if self._unchecked[position] > 0 and metadata.max_query_len > 1:
+                    self._check(position, query, args[0], metadata)
             return out
 
         return traced_forward
@@ -243,12 +263,45 @@ class Capture:
         query = query[: metadata.num_actual_tokens]
         if step.tokens is not None:
             query = query.index_select(0, step.tokens)
-        keys = PagedKeys(kv_cache, self.layouts[position])
-        rows = row_statistics(query, keys, step.plan, self._rules[position], heads)
-        one = len(groups) == 1 and len(groups[0]) == rows.shape[1]
-        rows = rows.mean(1, keepdim=True) if one else group_heads(rows, groups)
+        if self._compiled is not None:
+            rows = self._compiled.rows(position, query, kv_cache, step.rows)
+        else:
+            keys = PagedKeys(kv_cache, self.layouts[position])
+            plan = step.rows.plan(self._windows[position])
+            rows = row_statistics(query, keys, plan, self._rules[position], heads)
+            rows = group_heads(rows, groups)
         self.store.write_layer(position, step.slots, rows)
         step.layers_done += 1
+
+    def _send(self, key: str, stats: np.ndarray, tokens: np.ndarray, missing_rows: int) -> None:
+        if self._unsent > 0:
+            self._unsent -= 1
+            check_complete(key, len(tokens), missing_rows)
+        self._sender.trace(key, stats, tokens, missing_rows)
+
+    def _check(self, position: int, query: torch.Tensor, key: torch.Tensor, metadata: Any) -> None:
+        """Compare rows of the first prompts that are computed in one step; raises RuntimeError."""
+        step, (heads, groups) = self._step, self._heads[position]
+        if step is None:
+            return
+        starts = metadata.query_start_loc
+        requests = range(len(step.slots)) if step.batch is None else step.batch.tolist()
+        for row, request in enumerate(requests):
+            start, end = int(starts[request]), int(starts[request + 1])
+            whole = end - start == int(metadata.seq_lens[request]) <= LONGEST
+            if not whole or self._unchecked[position] == 0:
+                continue
+            self._unchecked[position] -= 1
+            expected = dense_row(
+                query[end - 1],
+                key[start:end],
+                self._rules[position],
+                self._windows[position],
+                self.config,
+            )
+            expected = group_heads((expected if heads is None else expected[heads])[None], groups)
+            captured = self.store.stats[step.slots[row], position]
+            check_row(captured, expected[0], self.layers[position].index, self.config.window)
 
     def finish(self, logits: torch.Tensor) -> None:
         """The step's logits [requests, vocabulary]: the rows are complete."""
@@ -260,9 +313,11 @@ class Capture:
                 f"that chooses tokens, so rows would be missing; set PIVOTTRACE_DISABLE=1 to run "
                 f"without capture."
             )
-        if step.batch is not None:
-            logits = logits.index_select(0, step.batch)
-        self.store.finish_rows(step.slots, token_statistics(logits), step.owners)
+        if self._compiled is not None:
+            tokens = self._compiled.token_statistics(logits, step.batch)
+        else:
+            tokens = token_statistics(logits if step.batch is None else logits[step.batch])
+        self.store.finish_rows(step.slots, tokens, step.owners)
 
     def _begin(self, metadata: Any) -> Step | None:
         """Which queries of this step are rows; None when there are none."""
@@ -283,7 +338,7 @@ class Capture:
         return Step(
             batch=batch,
             tokens=tokens if batch is not None or metadata.max_query_len > 1 else None,
-            plan=plan_rows(table, positions, prompts, kernel_block, self.config),
+            rows=StepRows(table, positions, prompts, kernel_block, self.config),
             slots=metadata.slot_mapping[tokens].to(torch.long),
             owners=owners,
         )

@@ -140,7 +140,7 @@ NAMES = (
             ("num_heads", "the number of query heads"),
             ("isa", "the instruction set whose key layout is read, for messages"),
             ("is_fp8_kv_cache", "a quantised cache is refused"),
-            ("sliding_window", "sliding windows are refused; -1 means none"),
+            ("sliding_window", "how many keys a query sees; -1 means all"),
             ("logits_soft_cap", "the soft cap of the scores; 0 means none"),
             ("alibi_slopes", "ALiBi is refused"),
             ("sinks", "learnt sinks are refused"),
@@ -192,6 +192,7 @@ NAMES = (
             ("KVCacheGroupSpec.layer_names", "which block table serves which layer"),
             ("KVCacheGroupSpec.kv_cache_spec", "the block size of a group"),
             ("KVCacheSpec.block_size", "the block size of a group"),
+            ("SlidingWindowSpec.sliding_window", "groups whose older keys are dropped are refused"),
         )
     ),
     *(

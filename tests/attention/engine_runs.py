@@ -20,6 +20,7 @@ from vllm import LLM, SamplingParams
 from pivottrace_verl.attention import vllm_hooks
 from pivottrace_verl.attention.channel import Receiver
 from pivottrace_verl.attention.config import ENV_DISABLE, CaptureConfig
+from pivottrace_verl.attention.cpu_rows import compiled_rows
 from pivottrace_verl.attention.selftest import make_tiny_model
 
 BLOCK = 32
@@ -183,6 +184,10 @@ def close(scenarios):
     gc.collect()
 
 
+def no_compiled_rows(*arguments):
+    return None
+
+
 def untouched(llm_runner):
     """True when no instance attribute of this worker is wrapped."""
     layers = llm_runner.compilation_config.static_forward_context.values()
@@ -216,8 +221,11 @@ def main(scratch):
         with Receiver(config) as receiver:
             vllm_hooks.install()
             vllm_hooks.install()
+            # One of the two goes the way of engines that can compile nothing.
+            vllm_hooks.compiled_rows = compiled_rows if name == "llama" else no_compiled_rows
             scenarios = Scenarios(name, directory, receiver)
             scenarios.facts["hello"] = receiver.wait_ready(1.0)
+            scenarios.facts["compiled"] = scenarios.capture._compiled is not None
             scenarios.run()
             scenarios.facts["counters"] = receiver.counters
             scenarios.facts["held"] = list(receiver._held)
@@ -238,6 +246,7 @@ def main(scratch):
             del os.environ[ENV_DISABLE]
     with Receiver(CaptureConfig()) as receiver:
         try:
+            vllm_hooks.compiled_rows = compiled_rows
             half = Scenarios("llama", str(Path(scratch, "llama")), receiver, dtype="bfloat16")
             half.generate("bfloat16", [half.prompt(n) for n in (10, 150)], 60)
             runs["llama"]["requests"].update(half.requests)

@@ -7,7 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pivottrace_verl.attention import cpu_kernel
 from pivottrace_verl.attention.config import CaptureConfig
+from pivottrace_verl.attention.cpu_rows import CompiledRows, LayerRows, StepRows, compiled_rows
+from pivottrace_verl.attention.first_rows import check_complete, check_row, dense_row
 from pivottrace_verl.attention.keys import LAYOUTS, PagedKeys, StridedKeys, find_layout
 from pivottrace_verl.attention.reference import (
     ScoreRule,
@@ -16,6 +19,7 @@ from pivottrace_verl.attention.reference import (
     plan_rows,
     row_statistics,
 )
+from pivottrace_verl.attention.vllm_hooks import token_statistics
 from pivottrace_verl.pivots import FEATURES
 
 RULE = ScoreRule(scale=0.25)
@@ -78,6 +82,11 @@ def dense(query, keys, position, prompt, config, rule=RULE, sliding_window=None)
     return dense_statistics(rows[:, None], lse, position, prompt, config, learnt)[0]
 
 
+def make_compiled(layout, rule, sliding_window, groups, n_heads, config):
+    layer = LayerRows(layout, rule, sliding_window, groups, n_heads)
+    return CompiledRows(cpu_kernel, [layer], config)
+
+
 def worst(found, expected, config):
     error = (found - expected).abs()
     for i, name in enumerate(FEATURES):
@@ -135,6 +144,82 @@ def test_paged_rows_equal_dense_rows(
     )
     assert found.shape == (len(rows), n_heads, len(FEATURES))
     assert worst(found, expected, config) < 2e-5
+    if layout != "strided":
+        groups = tuple((head,) for head in range(n_heads))
+        compiled = make_compiled(layout, rule, sliding_window, groups, n_heads, config)
+        step = StepRows(
+            table[rows], torch.tensor(positions), torch.tensor(prompts), block_size, config
+        )
+        found = compiled.rows(0, query, pages.cache, step)
+        assert worst(found, expected, config) < 2e-5
+
+
+def test_compiled_rows_average_the_heads_of_each_group_and_read_bfloat16():
+    config = CaptureConfig()
+    groups = ((0,), (1, 5), (2, 3, 4))
+    for layout in LAYOUTS:
+        _, pages, table = make_pages([100, 70], 2, 32, 32, 0, layout)
+        half = PagedKeys(pages.cache.bfloat16(), layout)
+        query = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
+        step = StepRows(table, torch.tensor([99, 40]), torch.tensor([10, 60]), 32, config)
+        rows = row_statistics(query, half, step.plan(None), RULE)
+        compiled = make_compiled(layout, RULE, None, groups, 6, config)
+        found = compiled.rows(0, query, half.cache, step)
+        assert worst(found, group_heads(rows, groups), config) < 2e-5
+        # A key head none of whose query heads is wanted is not read.
+        half.cache[:, 1] = torch.nan
+        compiled = make_compiled(layout, RULE, None, ((0, 2),), 6, config)
+        found = compiled.rows(0, query, half.cache, step)
+        assert worst(found, group_heads(rows, ((0, 2),)), config) < 2e-5
+
+
+def test_compiled_token_statistics_are_those_of_softmax_with_masked_words_left_out():
+    g = torch.Generator().manual_seed(0)
+    logits = torch.randn(4, 5000, generator=g) * 4
+    logits[1, 100:4999] = -torch.inf  # a whole stretch, and the largest comes last
+    logits[1, 4999] = 20.0
+    logits[2, ::2] = -torch.inf
+    compiled = make_compiled("columns", RULE, None, ((0,),), 1, CaptureConfig())
+    for dtype in (torch.float32, torch.bfloat16):
+        own = logits.to(dtype)
+        found = compiled.token_statistics(own, torch.tensor([3, 1, 2]))
+        assert torch.allclose(found, token_statistics(own)[[3, 1, 2]], atol=2e-5)
+        assert torch.equal(compiled.token_statistics(own, None)[1:], found[[1, 2, 0]])
+
+
+@pytest.mark.parametrize("sliding_window", [None, 9])
+@pytest.mark.parametrize("rule", [RULE, ScoreRule(0.25, 3.0), ScoreRule(0.25, 0.0, torch.ones(4))])
+def test_a_first_prompt_passes_with_its_own_row_and_fails_with_another(rule, sliding_window):
+    config = CaptureConfig()
+    keys, pages, table = make_pages([70], 2, 32, 32, 0)
+    query = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(1))
+    expected = dense_row(query[0], keys[0].transpose(0, 1), rule, sliding_window, config)
+    for position in (69, 68):
+        positions, prompt = torch.tensor([position]), torch.tensor([70])
+        plan = plan_rows(table, positions, prompt, 32, config, sliding_window)
+        captured = row_statistics(query, pages, plan, rule)[0]
+        if position == 69:
+            check_row(captured, expected, 3, config.window)
+        else:
+            with pytest.raises(RuntimeError, match=r"layer 3 .*PIVOTTRACE_DISABLE=1"):
+                check_row(captured, expected, 3, config.window)
+
+
+def test_a_first_request_with_missing_rows_stops_the_engine():
+    check_complete("a", 5, 0)
+    with pytest.raises(RuntimeError, match=r"3 rows for the 5 tokens .* 'a'"):
+        check_complete("a", 5, 2)
+
+
+def test_compiled_rows_are_proved_before_they_are_used(monkeypatch):
+    caches = [torch.zeros(4, 2, 32, 64)] * 2
+    config = CaptureConfig()
+    layers = [LayerRows("columns", RULE, window, ((0, 1),), 4) for window in (None, 8)]
+    assert compiled_rows(caches, layers, config) is not None
+    assert compiled_rows([cache.half() for cache in caches], layers, config) is None
+    monkeypatch.setattr(cpu_kernel, "layer_rows", lambda *arguments: arguments[-1].fill(1.0))
+    with pytest.raises(RuntimeError, match=r"wrong rows at start .*PIVOTTRACE_DISABLE=1"):
+        compiled_rows(caches, layers, config)
 
 
 def test_a_chunk_of_rows_gives_the_same_numbers_as_all_at_once(monkeypatch):

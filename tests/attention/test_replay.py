@@ -1,4 +1,4 @@
-"""A replay takes scores as the model has them: soft caps, learnt sinks, layers that see all."""
+"""A replay takes scores as the model has them: soft caps, learnt sinks, sliding windows."""
 
 import copy
 from contextlib import contextmanager
@@ -15,6 +15,7 @@ from pivottrace_verl.attention.keys import StridedKeys
 from pivottrace_verl.attention.reference import ScoreRule, plan_rows, row_statistics
 from pivottrace_verl.attention.replay import compare, full_attention_layers, replay
 from pivottrace_verl.errors import PivotTraceError
+from pivottrace_verl.pivots import FEATURES
 
 SIZES = {
     "vocab_size": 200,
@@ -100,9 +101,13 @@ def test_a_replay_and_the_paged_reference_agree_on_every_kind_of_score(name):
     assert compare(wrong, replayed, config)["entropy"] > 1e-2
 
 
-def test_sliding_layers_are_not_replayed():
+def test_a_sliding_layer_is_replayed_if_it_is_named_and_sees_no_key_beyond_its_window():
     model = make_model("soft_cap")
     assert full_attention_layers(model) == [1, 3]
     assert replay(model, PROMPT, OUTPUT, CaptureConfig()).stats.shape[1] == 2
-    with pytest.raises(PivotTraceError, match=r"layer 2, .* are 1, 3"):
-        replay(model, PROMPT, OUTPUT, CaptureConfig(layers=(2,)))
+    stats = replay(model, PROMPT, OUTPUT, CaptureConfig(layers=(1, 2))).stats
+    beyond = stats[..., FEATURES.index("bucket_4") :].sum(-1)  # 8 tokens away and more
+    assert beyond[:, 0].min() > 0.1
+    assert beyond[:, 1].max() == 0
+    with pytest.raises(PivotTraceError, match="layer 4"):
+        replay(model, PROMPT, OUTPUT, CaptureConfig(layers=(4,)))

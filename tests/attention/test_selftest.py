@@ -2,6 +2,7 @@
 
 import pytest
 
+from pivottrace_verl.attention import selftest
 from pivottrace_verl.attention.config import ENV_DISABLE
 from pivottrace_verl.attention.selftest import (
     N_TOKENS,
@@ -9,6 +10,7 @@ from pivottrace_verl.attention.selftest import (
     make_tiny_model,
     run_selftest,
 )
+from pivottrace_verl.doctor import diagnose
 from pivottrace_verl.errors import PivotTraceError
 
 
@@ -23,13 +25,42 @@ def test_the_self_test_finds_capture_equal_to_dense_attention():
 
 
 @pytest.mark.vllm
-def test_soft_caps_are_captured_and_sliding_layers_passed_over(tmp_path):
+def test_the_doctor_proves_a_model_with_soft_caps_and_passes_over_its_sliding_layers(tmp_path):
     make_tiny_model(tmp_path, "gemma2")
-    result = run_selftest(tmp_path)
+    found = diagnose(model=tmp_path)
+    assert [check["ok"] for check in found["checks"] if check["name"] == "capture"] == [True]
+    result = found["capture"]
     assert result["layers"] == [1, 3]
-    assert result["rows"] == N_TOKENS * len(PROMPT_LENGTHS)
+    assert result["rows"] == result["tokens"] == N_TOKENS * len(PROMPT_LENGTHS)
     assert result["max_abs_error"] <= 1e-4
     assert result["greedy_identical"] is True
+
+
+@pytest.mark.parametrize(
+    ("facts", "says"),
+    [
+        ({"max_abs_error": None, "missing": 4}, "None of 4 rollouts"),
+        ({"rows": 9}, "9 of 10 tokens"),
+        ({"missing": 1}, "1 rollouts missing"),
+        ({"max_abs_error": 0.1}, "at most 1.0e-01"),
+        ({"greedy_identical": False}, "DIFFERENT"),
+    ],
+)
+def test_the_doctor_fails_a_capture_that_is_wrong_or_not_complete(monkeypatch, facts, says):
+    good = {
+        "backend": "CPU_ATTN", "max_abs_error": 1e-6, "rows": 10, "tokens": 10, "missing": 0,
+        "greedy_identical": True,
+    }  # fmt: skip
+    for measured, ok in ((good, True), ({**good, **facts}, False)):
+        monkeypatch.setattr(selftest, "run_selftest", lambda model, m=measured: m)
+        (check,) = [c for c in diagnose()["checks"] if c["name"] == "capture"]
+        assert check["ok"] is ok
+    assert says in check["says"]
+
+
+def test_the_doctor_says_in_one_sentence_that_a_model_is_not_there(tmp_path):
+    with pytest.raises(PivotTraceError, match="no Hugging Face model"):
+        diagnose(model=tmp_path)
 
 
 def test_a_model_that_is_not_there_is_told_in_one_sentence(tmp_path):

@@ -14,6 +14,7 @@ from pivottrace_verl.attention.support import (
     check_engine,
     find_layers,
     key_layout,
+    sliding_window,
 )
 from pivottrace_verl.errors import PivotTraceError
 
@@ -96,7 +97,9 @@ def make_configs(layers, groups=None):
     groups = groups or [names]
     return (
         SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=dict(layers))),
-        SimpleNamespace(kv_cache_groups=[SimpleNamespace(layer_names=g) for g in groups]),
+        SimpleNamespace(
+            kv_cache_groups=[SimpleNamespace(layer_names=g, kv_cache_spec=None) for g in groups]
+        ),
     )
 
 
@@ -106,7 +109,6 @@ def make_configs(layers, groups=None):
         ({"backend": "FLEX"}, "backend FLEX"),
         ({"dtype": torch.float8_e4m3fn}, "quantised KV cache"),
         ({"is_fp8_kv_cache": True}, "quantised KV cache"),
-        ({"sliding_window": 16}, "sliding window of 16"),
         ({"alibi_slopes": torch.ones(4)}, "ALiBi"),
         ({"sinks": torch.ones(4)}, "attention sinks"),
     ],
@@ -118,6 +120,24 @@ def test_a_layer_that_cannot_be_read_is_refused_if_named_and_passed_over_if_not(
     assert {layer.index for layer in find_layers(*configs, CaptureConfig())} <= {1, 2}
     with pytest.raises(RuntimeError, match=says):
         find_layers(*make_configs([make_layer(0, **changes)]), CaptureConfig())
+
+
+def test_sliding_layers_are_traced_if_named_or_if_there_are_no_others():
+    mixed = make_configs([make_layer(i, sliding_window=(16, -1)[i % 2]) for i in range(4)])
+    assert [layer.index for layer in find_layers(*mixed, CaptureConfig())] == [1, 3]
+    named = find_layers(*mixed, CaptureConfig(layers=(0, 1)))
+    assert [sliding_window(layer.module.impl) for layer in named] == [16, None]
+    alone = make_configs([make_layer(0, sliding_window=16)])
+    assert [layer.index for layer in find_layers(*alone, CaptureConfig())] == [0]
+
+
+def test_sliding_layers_whose_old_keys_are_dropped_are_refused():
+    from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+    alone = make_configs([make_layer(0, sliding_window=16)])
+    alone[1].kv_cache_groups[0].kv_cache_spec = object.__new__(SlidingWindowSpec)
+    with pytest.raises(RuntimeError, match=r"window of 16 .*disable_hybrid_kv_cache_manager=True"):
+        find_layers(*alone, CaptureConfig())
 
 
 def test_models_without_plain_attention_are_refused():

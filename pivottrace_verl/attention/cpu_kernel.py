@@ -1,0 +1,321 @@
+"""The row statistics as one compiled call a layer, for vLLM's CPU backend.
+
+The mathematics is that of `reference.row_statistics`, which is some forty torch operations: in a
+decode step each is short and finds the processor's caches full of weights, so that calling them
+costs more than what they do. Here one loop over rows and heads reads the keys where they lie and
+writes features where they are kept. numba, which vLLM requires on these processors itself, compiles
+it when the first engine starts and keeps the result on disk.
+
+Numbers are float32, or bfloat16 as its 16 bits (uint16), which are widened as they are read.
+Everything runs in the calling thread and without the interpreter's lock.
+
+Axes: N rows of a step, H query heads, H_kv key heads, D head size, B blocks of a row, G head
+groups, F features in the order of `pivots.FEATURES`, V vocabulary.
+"""
+
+# numba reads the types off the arguments.
+# mypy: disable-error-code="no-untyped-def, assignment"
+
+from typing import Any
+
+import numpy as np
+from numba import njit, types
+from numba.extending import overload
+
+from pivottrace_verl.attention.reference import FLOOR, N_BUCKETS, TINY
+from pivottrace_verl.pivots import FEATURES
+
+F32 = np.float32
+LOG2_E = F32(1.4426950408889634)
+LEAST = F32(FLOOR)
+SMALL = F32(TINY)
+N_FEATURES = len(FEATURES)
+BUCKET_0 = FEATURES.index("bucket_0")
+TILE = 16
+LANES = 64
+LOGITS_CHUNK = 2048
+"""Logits read twice in a row: few enough that they stay in the nearest cache, and that float32 sums
+of them keep their accuracy."""
+FAST = {"reassoc", "contract", "nsz", "arcp"}
+"""Sums may be reordered, so that they are vectorised; infinities keep their meaning."""
+
+
+def _widen(number: Any) -> Any:
+    """A number as float32."""
+
+
+@overload(_widen, strict=False)
+def _widen_overload(number: Any) -> Any:
+    if number == types.uint16:
+        return lambda number: np.uint32(np.uint32(number) << np.uint32(16)).view(np.float32)
+    return lambda number: number
+
+
+@njit(inline="always")
+def _exp(x):
+    """exp of x in FLOOR to 0, within 3e-7 of its value at 0 and of 1 elsewhere."""
+    power = x * LOG2_E
+    whole = np.floor(power + F32(0.5))
+    part = power - whole  # 2 ** part for a part in -0.5 to 0.5, by its Taylor series
+    value = F32(1.5403530e-4)
+    value = value * part + F32(1.3333558e-3)
+    value = value * part + F32(9.6181291e-3)
+    value = value * part + F32(5.5504109e-2)
+    value = value * part + F32(2.4022651e-1)
+    value = value * part + F32(6.9314718e-1)
+    value = value * part + F32(1.0)
+    return value * np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
+
+
+@njit(inline="always")
+def _sum(weights, first, end):
+    total = F32(0)
+    for j in range(first, end):
+        total += weights[j]
+    return total
+
+
+@njit(fastmath=FAST)
+def _largest(numbers, lanes):
+    """The largest of some numbers, of many at a time in the scratch `lanes` [LANES] float32."""
+    for lane in range(LANES):
+        lanes[lane] = -np.inf
+    n = len(numbers)
+    for start in range(0, n - LANES + 1, LANES):
+        part = numbers[start : start + LANES]
+        for lane in range(LANES):
+            number = _widen(part[lane])
+            lanes[lane] = number if number > lanes[lane] else lanes[lane]
+    for j in range(n - n % LANES, n):
+        lanes[0] = max(lanes[0], _widen(numbers[j]))
+    largest = lanes[0]
+    for lane in range(LANES):
+        largest = max(largest, lanes[lane])
+    return largest
+
+
+@njit(fastmath=FAST)
+def _products(query, keys, scores, block_size, size):
+    """scores [block_size] = query [D] times keys [D * block_size], one column a token."""
+    for j in range(block_size):
+        scores[j] = F32(0)
+    for d in range(0, size, 4):
+        q0, q1, q2, q3 = query[d], query[d + 1], query[d + 2], query[d + 3]
+        k0 = keys[d * block_size : (d + 1) * block_size]
+        k1 = keys[(d + 1) * block_size : (d + 2) * block_size]
+        k2 = keys[(d + 2) * block_size : (d + 3) * block_size]
+        k3 = keys[(d + 3) * block_size : (d + 4) * block_size]
+        for j in range(block_size):
+            scores[j] += q0 * k0[j] + q1 * k1[j] + q2 * k2[j] + q3 * k3[j]
+
+
+@njit
+def _rearrange(page, held, block_size, size, amx):
+    if amx:
+        for tile in range(block_size // TILE):
+            for pair in range(size // 2):
+                at = tile * TILE * size + pair * 2 * TILE
+                to = 2 * pair * block_size + tile * TILE
+                for j in range(TILE):
+                    held[to + j] = _widen(page[at + 2 * j])
+                    held[to + block_size + j] = _widen(page[at + 2 * j + 1])
+    else:
+        for i in range(block_size * size):
+            held[i] = _widen(page[i])
+    return held
+
+
+def _columns(page: Any, held: Any, block_size: int, size: int, amx: bool) -> Any:
+    """The keys of one block and head as float32 [D * block_size], one column a token, in place or
+    copied into `held`; see `keys` for the layouts."""
+
+
+@overload(_columns, strict=False)
+def _columns_overload(page, held, block_size, size, amx):
+    if page.dtype == types.float32:
+        return lambda page, held, block_size, size, amx: (
+            _rearrange(page, held, block_size, size, amx) if amx else page
+        )
+
+    def copied(page, held, block_size, size, amx):
+        return _rearrange(page, held, block_size, size, amx)
+
+    return copied
+
+
+@njit(fastmath=FAST)
+def _features(scores, first, position, prompt, window, sink, learnt, lanes, out):
+    """Features of one row and head: see `reference.dense_statistics`.
+
+    scores holds those of the keys first .. position and is overwritten; learnt is the score of a
+    learnt sink, -inf for none.
+    """
+    n = len(scores)
+    top = _largest(scores, lanes)
+    shift = max(top, learnt)
+    score_sum = F32(0)
+    for j in range(n):
+        score = max(scores[j] - shift, LEAST)
+        weight = _exp(score)
+        score_sum += weight * score
+        scores[j] = weight
+    of_keys, end = F32(0), n
+    for b in range(N_BUCKETS):
+        begin = max(0, n - (1 << b)) if b < N_BUCKETS - 1 else 0
+        mass = _sum(scores, begin, end)
+        out[BUCKET_0 + b] = mass
+        of_keys += mass
+        end = begin
+    score = max(learnt - shift, LEAST)
+    of_sink = _exp(score) if learnt > -np.inf else F32(0)
+    total = of_keys + of_sink
+    score_sum += of_sink * score
+    past_sink = max(0, min(n, sink - first))
+    response = max(0, min(n, prompt - first))
+    log_total = np.log(total)
+    out[0] = shift + log_total
+    out[1] = log_total - score_sum / total
+    out[2] = np.exp(top - shift) / total
+    out[3] = (_sum(scores, 0, past_sink) + of_sink) / total
+    out[4] = _sum(scores, 0, response) / total
+    near = max(0, n - window)  # the first key nearer than the window
+    place = 5
+    for start in (past_sink, response):
+        from_near = max(start, near)
+        far, close, clipped = _sum(scores, start, near), F32(0), F32(0)
+        for j in range(from_near, n):
+            close += scores[j]
+            clipped += scores[j] * F32(n - 1 - j)
+        whole = far + close
+        enough = whole > SMALL * total
+        out[place] = far / whole if enough else F32(0)
+        out[place + 1] = (clipped + F32(window) * far) / whole if enough else F32(0)
+        place += 2
+    for b in range(N_BUCKETS):
+        out[BUCKET_0 + b] /= total
+
+
+@njit(nogil=True, cache=True)
+def layer_rows(
+    query,
+    pages,
+    amx,
+    table,
+    positions,
+    prompts,
+    weights,
+    scale,
+    soft_cap,
+    sinks,
+    seen,
+    window,
+    sink,
+    out,
+):
+    """Rows of one layer: out [N, G, F] float32.
+
+    query [N, H, D] after rotary embedding; pages [blocks, H_kv, 2 D block_size], keys first, in the
+    layout `columns` or `amx`; table [N, >= B]; positions, prompts [N]; weights [G, H] of each
+    head in its groups' means; sinks [H] learnt scores, -inf for none; seen, how many keys a
+    row sees, its own included.
+    """
+    n_heads, size = query.shape[1], query.shape[2]
+    kv_heads = pages.shape[1]
+    sharing, block_size = n_heads // kv_heads, pages.shape[2] // (2 * size)
+    wanted = np.zeros(n_heads, np.bool_)
+    for head in range(n_heads):
+        wanted[head] = np.any(weights[:, head])
+    longest = 0
+    for position in positions:
+        longest = max(longest, position)
+    lanes = np.empty(LANES, np.float32)
+    held = np.empty(size * block_size, np.float32)
+    scores = np.empty((sharing, (longest // block_size + 1) * block_size), np.float32)
+    features = np.empty(N_FEATURES, np.float32)
+    queries = np.empty((sharing, size), np.float32)
+    for row in range(len(positions)):
+        position, own = positions[row], out[row]
+        first = max(0, position + 1 - seen)
+        first_block, end_block = first // block_size, position // block_size + 1
+        own[:] = F32(0)
+        for kv_head in range(kv_heads):
+            first_head = kv_head * sharing
+            if not np.any(wanted[first_head : first_head + sharing]):
+                continue
+            for g in range(sharing):
+                for d in range(size):
+                    queries[g, d] = _widen(query[row, first_head + g, d]) * scale
+            for block in range(first_block, end_block):
+                at = (block - first_block) * block_size
+                page = pages[table[row, block], kv_head]
+                keys = _columns(page, held, block_size, size, amx)
+                for g in range(sharing):
+                    if wanted[first_head + g]:
+                        own_scores = scores[g, at : at + block_size]
+                        _products(queries[g], keys, own_scores, block_size, size)
+            begin, end = first - first_block * block_size, position + 1 - first_block * block_size
+            for g in range(sharing):
+                head = first_head + g
+                if not wanted[head]:
+                    continue
+                used = scores[g, begin:end]
+                if soft_cap > 0:
+                    for j in range(len(used)):
+                        used[j] = soft_cap * np.tanh(used[j] / soft_cap)
+                _features(
+                    used, first, position, prompts[row], window, sink, sinks[head], lanes, features
+                )
+                for group in range(len(weights)):
+                    weight = weights[group, head]
+                    if weight > 0:
+                        for i in range(N_FEATURES):
+                            own[group, i] += weight * features[i]
+
+
+@njit(fastmath=FAST, nogil=True, cache=True)
+def token_rows(logits, rows, out):
+    """Entropy and self-certainty of logits[rows] [N, V] as in `vllm_hooks.token_statistics`:
+    out [N, 2]."""
+    lanes = np.empty(LANES, np.float32)
+    for i in range(len(rows)):
+        row = logits[rows[i]]
+        top, total, weighted, score_sum, n_words = -np.inf, 0.0, 0.0, 0.0, 0
+        for start in range(0, len(row), LOGITS_CHUNK):
+            part = row[start : start + LOGITS_CHUNK]
+            largest = _largest(part, lanes)
+            if largest == -np.inf:
+                continue  # all masked
+            if largest > top:
+                # What was summed so far was relative to a smaller maximum.
+                if n_words:
+                    rise = top - largest
+                    shrink = np.exp(rise)
+                    weighted = shrink * (weighted + rise * total)
+                    total *= shrink
+                    score_sum += rise * n_words
+                top = np.float64(largest)
+            shift = F32(top)
+            part_total, part_weighted, part_sum = F32(0), F32(0), F32(0)
+            for j in range(len(part)):
+                score = _widen(part[j]) - shift
+                part_sum += score
+                score = max(score, LEAST)
+                weight = _exp(score)
+                part_total += weight
+                part_weighted += weight * score
+            part_words = len(part)
+            if part_sum == -np.inf:  # some are masked
+                part_sum = F32(0)
+                for j in range(len(part)):
+                    score = _widen(part[j]) - shift
+                    if score == -np.inf:
+                        part_words -= 1
+                    else:
+                        part_sum += score
+            total += part_total
+            weighted += part_weighted
+            score_sum += part_sum
+            n_words += part_words
+        log_total = np.log(total)
+        out[i, 0] = log_total - weighted / total
+        out[i, 1] = log_total - np.log(n_words) - score_sum / n_words

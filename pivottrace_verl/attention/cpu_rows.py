@@ -1,0 +1,188 @@
+"""Rows of a step on the CPU: what the traced layers share, and the way into `cpu_kernel`.
+
+`compiled_rows` gives None where nothing can be compiled (the model is float16, numba is missing or
+has no folder to keep its work in); the rows then come from `reference.row_statistics`.
+
+Axes: N rows of a step, T logits of a step, V vocabulary, B blocks of a row, H query heads, D head
+size, G head groups, F features.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+
+from pivottrace_verl.attention.config import TOKEN_STATISTICS, CaptureConfig
+from pivottrace_verl.attention.keys import PagedKeys
+from pivottrace_verl.attention.reference import (
+    RowPlan,
+    ScoreRule,
+    plan_rows,
+    row_statistics,
+)
+from pivottrace_verl.pivots import FEATURES
+
+logger = logging.getLogger(__name__)
+
+COMPILED = (torch.float32, torch.bfloat16)
+NO_WINDOW = 1 << 62
+PROVED = 0.01
+"""Distances reach 1024; what is compiled wrongly is off by far more."""
+
+
+class StepRows:
+    """The rows of one step, before any layer: block table [N, >= B], absolute positions [N] and
+    prompt lengths [N]."""
+
+    def __init__(
+        self,
+        table: torch.Tensor,
+        positions: torch.Tensor,
+        prompts: torch.Tensor,
+        block_size: int,
+        config: CaptureConfig,
+    ) -> None:
+        self._tensors = table, positions, prompts
+        self._block_size = block_size
+        self._config = config
+        self._plans: dict[int | None, RowPlan] = {}
+
+    def plan(self, sliding_window: int | None) -> RowPlan:
+        """For `row_statistics`; made once for the layers that see equally far."""
+        if sliding_window not in self._plans:
+            self._plans[sliding_window] = plan_rows(
+                *self._tensors, self._block_size, self._config, sliding_window
+            )
+        return self._plans[sliding_window]
+
+    @cached_property
+    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(block table, positions, prompt lengths) for `layer_rows`."""
+        table, positions, prompts = (tensor.contiguous().numpy() for tensor in self._tensors)
+        return table, positions, prompts
+
+
+@dataclass(frozen=True)
+class LayerRows:
+    """What makes the rows of one traced layer."""
+
+    layout: str
+    """Of its keys, see `keys`."""
+    rule: ScoreRule
+    sliding_window: int | None
+    """Keys a row sees, its own included; None: all up to its position."""
+    groups: tuple[tuple[int, ...], ...]
+    """Query heads that are averaged."""
+    n_heads: int
+
+
+class CompiledRows:
+    """`cpu_kernel` for the traced layers of one engine."""
+
+    def __init__(self, kernel: Any, layers: Sequence[LayerRows], config: CaptureConfig) -> None:
+        self._kernel = kernel
+        self._layers = layers
+        self._constants = [
+            (_weights(layer), np.float32(layer.rule.scale), np.float32(layer.rule.soft_cap),
+             _sinks(layer), layer.sliding_window or NO_WINDOW, config.window, config.sink)
+            for layer in layers
+        ]  # fmt: skip
+        self._config = config
+
+    def prove(self, place: int, cache: torch.Tensor) -> None:
+        """Compile for keys like those of `cache`, and compare with the reference on random ones.
+
+        Raises RuntimeError where the two differ.
+        """
+        layer = self._layers[place]
+        generator = torch.Generator().manual_seed(0)
+        block_size = cache.shape[2]
+        pages = torch.randn(3, *cache.shape[1:], generator=generator).to(cache.dtype)
+        shape = (2, layer.n_heads, cache.shape[3] // 2)
+        query = torch.randn(shape, generator=generator).to(cache.dtype)
+        table = torch.tensor([[2, 1], [1, 0]], dtype=torch.int32)
+        positions = torch.tensor([block_size + 5, block_size - 2])
+        step = StepRows(table, positions, positions - 3, block_size, self._config)
+        found = self.rows(place, query, pages, step)
+        keys, plan = PagedKeys(pages, layer.layout), step.plan(layer.sliding_window)
+        rows = row_statistics(query, keys, plan, layer.rule)
+        weights = torch.from_numpy(self._constants[place][0])
+        error = float((found - torch.einsum("gh,nhf->ngf", weights, rows)).abs().max())
+        if not error <= PROVED:
+            raise RuntimeError(
+                f"Attention capture computed wrong rows at start (off by {error:.2g}): what numba "
+                f"compiled for this processor cannot be used; set PIVOTTRACE_DISABLE=1 to run "
+                f"without capture."
+            )
+
+    def rows(
+        self, place: int, query: torch.Tensor, cache: torch.Tensor, step: StepRows
+    ) -> torch.Tensor:
+        """Rows [N, G, F] float32 of one traced layer.
+
+        Args:
+            place: of the layer among the traced ones.
+            query: [N, H, D] after rotary embedding.
+            cache: the layer's keys and values as in `keys.PagedKeys`.
+        """
+        amx, constants = self._layers[place].layout == "amx", self._constants[place]
+        out = torch.empty(len(query), len(constants[0]), len(FEATURES))
+        self._kernel.layer_rows(
+            _numbers(query), _numbers(cache.view(*cache.shape[:2], -1)), amx, *step.arrays,
+            *constants, out.numpy(),
+        )  # fmt: skip
+        return out
+
+    def token_statistics(self, logits: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+        """Token statistics [N, K] float32 of the rows [N] among logits [T, V]; None: of all."""
+        index = np.arange(len(logits)) if rows is None else rows.numpy()
+        out = torch.empty(len(index), len(TOKEN_STATISTICS))
+        self._kernel.token_rows(_numbers(logits), index, out.numpy())
+        return out
+
+
+def compiled_rows(
+    caches: Sequence[torch.Tensor], layers: Sequence[LayerRows], config: CaptureConfig
+) -> CompiledRows | None:
+    """The compiled rows of an engine with the traced layers' `caches`, proved to be right."""
+    if not caches or any(cache.dtype not in COMPILED for cache in caches):
+        return None
+    try:
+        from pivottrace_verl.attention import cpu_kernel
+    except (ImportError, RuntimeError) as error:
+        logger.warning("PivotTrace captures without compiled code, more slowly: %s", error)
+        return None
+    compiled = CompiledRows(cpu_kernel, layers, config)
+    for place, cache in enumerate(caches):
+        compiled.prove(place, cache)
+    compiled.token_statistics(torch.zeros(1, 1, dtype=caches[0].dtype), None)
+    return compiled
+
+
+def _numbers(tensor: torch.Tensor) -> np.ndarray:
+    """A contiguous float32 or bfloat16 tensor's numbers, bfloat16 as its 16 bits."""
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    numbers: np.ndarray = tensor.numpy()
+    return numbers
+
+
+def _weights(layer: LayerRows) -> np.ndarray:
+    """[G, H] the share of each head in its groups' means."""
+    weights = np.zeros((len(layer.groups), layer.n_heads), np.float32)
+    for group, heads in enumerate(layer.groups):
+        weights[group, list(heads)] = 1 / max(1, len(heads))
+    return weights
+
+
+def _sinks(layer: LayerRows) -> np.ndarray:
+    """[H] learnt scores; -inf, which has no weight, where there are none."""
+    if layer.rule.sinks is None:
+        return np.full(layer.n_heads, -np.inf, np.float32)
+    scores: np.ndarray = layer.rule.sinks.float().numpy()
+    return scores
