@@ -70,6 +70,29 @@ class Trace:
             self.self_certainty[:n_tokens],
         )
 
+    @staticmethod
+    def join(parts: Sequence["Trace | None"]) -> "Trace | None":
+        """One rollout generated in several requests, each continuing the one before on prompt and
+        tokens so far: the parts' rows in order, under the first part's key. None if a part is
+        missing: a trace has a row for every token or is none.
+
+        Raises ValueError for no parts, or parts of different layers, groups or features.
+        """
+        whole = [part for part in parts if part is not None]
+        if len(whole) < len(parts):
+            return None
+        shapes = {part.stats.shape[1:] for part in whole}
+        if len(shapes) != 1:
+            raise ValueError(
+                f"The parts of one trace must be captured alike, not as {sorted(shapes)}."
+            )
+        return Trace(
+            whole[0].key,
+            np.concatenate([part.stats for part in whole]),
+            np.concatenate([part.token_entropy for part in whole]),
+            np.concatenate([part.self_certainty for part in whole]),
+        )
+
 
 class Header(msgspec.Struct, forbid_unknown_fields=True):
     """First frame of every message."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import zmq
 
-from pivottrace_verl.attention.channel import Header, Receiver, Sender
+from pivottrace_verl.attention.channel import Header, Receiver, Sender, Trace
 from pivottrace_verl.attention.config import (
     ENV_CAPTURE,
     ENV_ENDPOINT,
@@ -75,6 +75,33 @@ def test_rows_past_the_last_token_are_cut(receiver, sender):
     assert np.array_equal(trace.stats, stats[:5])
     assert np.array_equal(trace.token_entropy, tokens[:5, 0])
     assert np.array_equal(trace.self_certainty, tokens[:5, 1])
+
+
+def make_trace(key, n_tokens, seed=0):
+    stats, tokens = make_rows(n_tokens, seed)
+    return Trace(key, stats, *tokens.T)
+
+
+def test_the_parts_of_one_rollout_join_in_order_under_the_first_key():
+    whole = make_trace("a", 9)
+    parts = [
+        Trace(key, whole.stats[i:j], whole.token_entropy[i:j], whole.self_certainty[i:j])
+        for key, i, j in (("a", 0, 4), ("a/1", 4, 5), ("a/2", 5, 9))
+    ]
+    joined = Trace.join(parts)
+    assert joined.key == "a"
+    assert np.array_equal(joined.stats, whole.stats)
+    assert np.array_equal(joined.token_entropy, whole.token_entropy)
+    assert np.array_equal(joined.self_certainty, whole.self_certainty)
+
+
+def test_a_rollout_with_a_part_missing_has_no_trace():
+    assert Trace.join([make_trace("a", 3), None]) is None
+    with pytest.raises(ValueError, match="captured alike"):
+        Trace.join([])
+    other = make_trace("b", 2)
+    with pytest.raises(ValueError, match="captured alike"):
+        Trace.join([make_trace("a", 3), Trace("b", other.stats[:, :1], *make_rows(2)[1].T)])
 
 
 def test_incomplete_traces_are_none_and_counted(receiver, sender):
