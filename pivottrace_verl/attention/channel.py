@@ -137,7 +137,7 @@ class Receiver:
         self._held: OrderedDict[str, _Pending] = OrderedDict()
         self._waiting: dict[str, Future[_Pending]] = {}
         self._given_up: OrderedDict[str, bool] = OrderedDict()
-        """Keys, and whether anything came after all."""
+        """Keys, and whether what comes after all is counted already."""
         self._counts = dict.fromkeys(("received", "rejected", "dropped", "late", "missing"), 0)
         self._lost: dict[str, int] = {}
         self._workers: dict[str, int] = {}
@@ -244,6 +244,17 @@ class Receiver:
             raise
         return self._collect(key, future, n_tokens)
 
+    def give_up(self, key: str) -> None:
+        """Say that nobody will ask for a trace: a request that failed, or ended without a token."""
+        with self._lock:
+            self._forget(key)
+            self._mark_given_up(key, seen=True)
+
+    def _mark_given_up(self, key: str, seen: bool) -> None:
+        self._given_up.setdefault(key, seen)
+        if len(self._given_up) > MAX_GIVEN_UP:
+            self._given_up.popitem(last=False)
+
     def _claim(self, key: str) -> "Future[_Pending]":
         """A future of the whole trace; one that is cancelled if the key was given up before."""
         future: Future[_Pending] = Future()
@@ -268,9 +279,7 @@ class Receiver:
             if pending is None:
                 partial = self._forget(key)
                 self._counts["missing"] += 1
-                self._given_up.setdefault(key, partial is not None)
-                if len(self._given_up) > MAX_GIVEN_UP:
-                    self._given_up.popitem(last=False)
+                self._mark_given_up(key, seen=partial is not None)
         if pending is None:
             arrived = len(partial.parts) if partial else 0
             logger.warning(

@@ -3,8 +3,8 @@
 The owner of an engine sets the three environment variables below before the engine starts
 (`channel.Receiver.start` does); its worker processes inherit them. A single request opts in by
 `SamplingParams.extra_args = {"pivottrace": {"key": "<unique string>"}}`. A request that continues
-a rollout on its prompt and tokens so far adds `"prompt_length"`, the length of that prompt alone, so
-that attention to it is told from attention to tokens; `channel.Trace.join` puts the traces together.
+a rollout on its prompt and tokens so far adds `"prompt_length"`, the length of that prompt alone,
+so that attention to it is told from attention to tokens; `channel.Trace.join` joins the traces.
 """
 
 import dataclasses

@@ -157,6 +157,18 @@ def test_a_late_trace_is_not_taken_for_that_of_a_later_request(receiver, sender)
     assert receiver.counters["missing"] == 3
 
 
+def test_a_trace_nobody_will_ask_for_is_not_kept(receiver, sender):
+    sender.trace("before", *make_rows(2), 0)
+    wait_for(receiver, "received", 1)
+    receiver.give_up("before")
+    receiver.give_up("after")
+    sender.trace("after", *make_rows(2), 0)
+    sender.trace("next", *make_rows(2), 0)
+    assert receiver.get("next") is not None
+    assert not receiver._held and receiver._held_bytes == 0
+    assert receiver.counters["late"] == receiver.counters["missing"] == 0
+
+
 def test_many_waiters_each_get_their_own_trace(receiver, sender):
     async def collect():
         keys = [f"k{i}" for i in range(50)]
