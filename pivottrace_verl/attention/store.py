@@ -76,8 +76,9 @@ class Tracked:
     key: str
     owner: int
     prompt_length: int
-    first_prompt: int
-    """Length of the prompt of which this request continues a rollout; mostly its own."""
+    response_start: int
+    """Position of the rollout's first generated token: `prompt_length`, or less where this request
+    goes on with a rollout that an earlier one began."""
     saved: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     """Rows read at preemptions, in order."""
     missing_rows: int = 0
@@ -143,17 +144,19 @@ class Tracker:
         for req_id in list(self.requests):
             self._finish(req_id, states)
 
-    def rows_of(self, req_ids: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(length of the rollout's prompt, owner) of each request of a batch; owner NOBODY if it
+    def rows_of(self, req_ids: Iterable[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(prompt length, response start, owner) of each request of a batch; owner NOBODY if it
         did not opt in."""
         found = [self.requests.get(req_id) for req_id in req_ids]
-        prompts = np.array([t.first_prompt if t else 0 for t in found], np.int64)
-        return prompts, np.array([t.owner if t else NOBODY for t in found], np.int32)
+        prompts = np.array([t.prompt_length if t else 0 for t in found], np.int64)
+        starts = np.array([t.response_start if t else 0 for t in found], np.int64)
+        return prompts, starts, np.array([t.owner if t else NOBODY for t in found], np.int32)
 
     def _start(self, new: Any) -> None:
-        asked = _asked(new)
-        if asked is None:
+        key = key_of(new)
+        if key is None:
             return
+        asked = new.sampling_params.extra_args[EXTRA_ARGS_NAME]
         if new.prompt_token_ids is None or new.req_id in self.requests:
             logger.warning(
                 "Request %s gets no attention trace: prompts given as embeddings and requests "
@@ -162,9 +165,9 @@ class Tracker:
             )
             self.requests.pop(new.req_id, None)
             return
-        key, prompt_length = asked["key"], len(new.prompt_token_ids)
-        first_prompt = min(asked.get("prompt_length", prompt_length), prompt_length)
-        self.requests[new.req_id] = Tracked(key, self._next_owner, prompt_length, first_prompt)
+        length = len(new.prompt_token_ids)
+        start = min(asked.get("prompt_tokens", length), length)
+        self.requests[new.req_id] = Tracked(key, self._next_owner, length, start)
         self._next_owner = self._next_owner % (2**31 - 1) + 1
 
     def _count(self, scheduled: Any) -> None:
@@ -211,8 +214,8 @@ class Tracker:
         tracked.missing_rows += missing
 
 
-def _asked(new: Any) -> dict[str, Any] | None:
-    """With what arguments a new request asked for its trace; the i-th child (i > 0) of a request
+def key_of(new: Any) -> str | None:
+    """The key under which a new request asked for its trace; the i-th child (i > 0) of a request
     with n > 1 shares its parent's arguments, and its trace goes by `key/i`."""
     extra = getattr(new.sampling_params, "extra_args", None) or {}
     asked = extra.get(EXTRA_ARGS_NAME)
@@ -220,28 +223,22 @@ def _asked(new: Any) -> dict[str, Any] | None:
         return None
     if not _well_formed(asked):
         logger.warning(
-            "Request %s gets no attention trace: extra_args[%r] must be "
-            "{'key': '<unique string>'}, where it continues a rollout with the 'prompt_length' "
-            "of that, not %r.",
+            "Request %s gets no attention trace: extra_args[%r] must be {'key': '<unique string>'} "
+            "and may have 'prompt_tokens', a whole number; it is %r.",
             new.req_id,
             EXTRA_ARGS_NAME,
             asked,
         )
         return None
+    key = str(asked["key"])
     child, separator, _ = new.req_id.partition("_")
-    if separator and child.isdigit() and int(child):
-        return {**asked, "key": f"{asked['key']}/{int(child)}"}
-    return dict(asked)
+    return f"{key}/{int(child)}" if separator and child.isdigit() and int(child) else key
 
 
 def _well_formed(asked: Any) -> bool:
-    if not isinstance(asked, dict) or not set(asked) <= {"key", "prompt_length"}:
+    if not isinstance(asked, dict) or not set(asked) <= {"key", "prompt_tokens"}:
         return False
-    key, prompt_length = asked.get("key"), asked.get("prompt_length", 1)
-    return (
-        isinstance(key, str)
-        and bool(key)
-        and isinstance(prompt_length, int)
-        and not isinstance(prompt_length, bool)
-        and prompt_length > 0
-    )
+    key, prompt_tokens = asked.get("key"), asked.get("prompt_tokens", 1)
+    if not isinstance(key, str) or not key or isinstance(prompt_tokens, bool):
+        return False
+    return isinstance(prompt_tokens, int) and prompt_tokens > 0

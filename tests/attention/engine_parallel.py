@@ -145,7 +145,7 @@ class Run:
         prompt, parts, tokens = self.prompt(length), [], []
         for leg, stop_at in enumerate((8 + number, None)):
             key = f"resumed/{number}/{leg}"
-            asks = {"prompt_length": length} if leg else None
+            asks = {"prompt_tokens": length} if leg else None
             more = await self.stream(key, prompt + tokens, 40 - len(tokens), stop_at, asks)
             parts.append(await self.trace(key, len(more)))
             tokens += more
@@ -158,6 +158,7 @@ class Run:
     async def run(self):
         await self.greedy()
         await self.all_of("sampled", (1, 5, 40, 150), 30)
+        await self.all_of("loops", (2, 20, 40), 150, temperature=0.0)
         await asyncio.gather(*(self.resumed(i, n) for i, n in enumerate((3, 60, 100))))
         await self.all_of("crowded", (30, 40, 50, 60, 30, 40, 50, 60), 200)
         return metrics()

@@ -56,10 +56,10 @@ class Soak:
         length = int(torch.randint(1, 24, (1,), generator=self.generator))
         return torch.randint(2, 384, (length,), generator=self.generator).tolist()
 
-    def add(self, prompt, n_tokens, asked, n=1, prompt_length=None):
+    def add(self, prompt, n_tokens, asked, n=1, prompt_tokens=None):
         name = f"soak-{self.number}"
         self.number += 1
-        ask = {"key": name, **({"prompt_length": prompt_length} if prompt_length else {})}
+        ask = {"key": name, **({"prompt_tokens": prompt_tokens} if prompt_tokens else {})}
         params = SamplingParams(
             n=n,
             temperature=1.0,
@@ -101,7 +101,7 @@ class Soak:
         for name in aborted[::2]:
             if asks[name]:
                 tokens = parts[name][1]
-                follow = self.add(prompts[name] + tokens, 2, True, prompt_length=len(prompts[name]))
+                follow = self.add(prompts[name] + tokens, 2, True, prompt_tokens=len(prompts[name]))
                 again[follow] = name
         self.drain(seen)
         for follow, (trace, tokens) in self.collect(seen, dict.fromkeys(again, True)).items():

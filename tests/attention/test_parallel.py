@@ -68,6 +68,7 @@ def test_the_scenarios_happened_and_nothing_was_lost(engine):
     assert {name: len(r) for name, r in engine.run["requests"].items()} == {
         "greedy": 3,
         "sampled": 4,
+        "loops": 3,
         "resumed": 3,
         "crowded": 8,
     }
@@ -79,6 +80,6 @@ def test_the_scenarios_happened_and_nothing_was_lost(engine):
         assert facts["accepted"] > 100
         assert facts["drafted"] - facts["accepted"] > 100
     counters = facts["counters"]
-    assert counters.pop("received") == 3 + 4 + 2 * 3 + 8
+    assert counters.pop("received") == 3 + 4 + 3 + 2 * 3 + 8
     assert not any(counters.values())
     assert facts["held"] == []

@@ -51,7 +51,7 @@ class Engine:
         slots = torch.tensor([slot])
         for layer in range(2):
             self.store.write_layer(layer, slots, torch.full((1, 1, 1), value + layer / 2))
-        _, owners = self.tracker.rows_of([req_id])
+        *_, owners = self.tracker.rows_of([req_id])
         tokens = torch.tensor([[-value, 2 * value]])
         self.store.finish_rows(slots, tokens, torch.from_numpy(owners))
         state.output_token_ids.append(0)
@@ -146,23 +146,12 @@ def test_requests_that_do_not_ask_are_not_tracked():
     engine.add("c", prompt=1, blocks=[1], extra_args={"pivottrace": {"key": 3}})
     engine.add("d", prompt=2, blocks=[1])
     for i, length in enumerate((0, True, "3")):
-        asked = {"key": "k", "prompt_length": length}
+        asked = {"key": "k", "prompt_tokens": length}
         engine.add(f"e{i}", prompt=1, blocks=[1], extra_args={"pivottrace": asked})
     engine.add("f", prompt=1, blocks=[1], extra_args={"pivottrace": {"key": "k", "kex": 1}})
-    prompts, owners = engine.tracker.rows_of(["a", "d", "b", "c", "e0", "e1", "e2", "f"])
+    prompts, starts, owners = engine.tracker.rows_of(["a", "d", "b", "c", "e0", "e1", "e2", "f"])
     assert owners.tolist() == [NOBODY, 1, *[NOBODY] * 6]
-    assert prompts.tolist() == [0, 2, *[0] * 6]
-
-
-def test_a_continued_rollout_counts_its_prompt_from_the_first_request():
-    engine = Engine()
-    asked = {"key": "k", "prompt_length": 3}
-    engine.add("a", prompt=6, blocks=[1, 2, 3], extra_args={"pivottrace": asked})
-    assert engine.tracker.rows_of(["a"])[0].tolist() == [3]
-    engine.decode("a", 6, 1.0)
-    engine.decode("a", 6, 2.0)
-    engine.step(finished=["a"])
-    assert values(engine.sent["k"]) == ([1, 2], 0)
+    assert prompts.tolist() == starts.tolist() == [0, 2, *[0] * 6]
 
 
 class Stage(Engine):
@@ -211,7 +200,7 @@ class Stage(Engine):
         slots = torch.tensor([block * BLOCK + position % BLOCK])
         for layer in range(2):
             self.store.write_layer(layer, slots, torch.full((1, 1, 1), value + layer / 2))
-        _, owners = self.tracker.rows_of([req_id])
+        *_, owners = self.tracker.rows_of([req_id])
         tokens = torch.tensor([[-value, 2 * value]])
         self.store.finish_rows(slots, tokens, torch.from_numpy(owners))
 
@@ -252,6 +241,18 @@ def test_rows_saved_at_a_preemption_are_cut_to_the_tokens_that_counted():
     stage.write("a", 4, 2.0)
     stage.observe(finished=["a"])
     assert values(stage.sent["a"]) == ([0, 1, 2], 0)
+
+
+def test_a_request_that_goes_on_with_a_rollout_has_its_own_rows_and_the_rollouts_prompt():
+    engine = Engine()
+    engine.add(
+        "a", prompt=6, blocks=[5, 2], extra_args={"pivottrace": {"key": "k", "prompt_tokens": 4}}
+    )
+    prompts, starts, _ = engine.tracker.rows_of(["a"])
+    assert (prompts.tolist(), starts.tolist()) == ([6], [4])
+    engine.decode("a", 6, 1.0)
+    engine.step(finished=["a"])
+    assert values(engine.sent["k"]) == ([1], 0)
 
 
 def test_children_of_one_request_send_under_keys_of_their_own():
