@@ -1,9 +1,9 @@
 """Many short requests in one engine, in this process, so that its memory is all there is to see.
 
-    python engine_soak.py SCRATCH
+    python engine_soak.py SCRATCH on|off
 
-Requests that ask for their trace and such that do not, one in ten aborted, one in ten with n = 2,
-some continued after an abort. Writes `runs.json` with counts of entries and resident memory after
+On: requests that ask for their trace and such that do not, one in ten aborted, one in ten with n = 2,
+some continued after an abort. Off: the same, none of them asking. Writes `runs.json` with counts of entries and resident memory after
 the warm-up and at the end (`traces.npz` is empty).
 """
 
@@ -33,8 +33,8 @@ def resident_mib():
 
 
 class Soak:
-    def __init__(self, directory, receiver):
-        self.receiver = receiver
+    def __init__(self, directory, receiver, asking):
+        self.receiver, self.asking = receiver, asking
         self.llm = LLM(
             directory,
             skip_tokenizer_init=True,
@@ -50,7 +50,7 @@ class Soak:
         (self.capture,) = vllm_hooks._captures
         self.generator = torch.Generator().manual_seed(0)
         self.number = 0
-        self.facts = {"asked": 0, "traced": 0, "aborted": 0, "joined": 0, "wrong": 0}
+        self.facts = {"asked": 0, "traced": 0, "aborted": 0, "joined": 0}
 
     def prompt(self):
         length = int(torch.randint(1, 24, (1,), generator=self.generator))
@@ -88,7 +88,7 @@ class Soak:
     def round(self):
         seen, asks, aborted, prompts = {}, {}, [], {}
         for i in range(ROUND):
-            asked, n = i % 3 != 0, 2 if i % 10 == 5 else 1
+            asked, n = self.asking and i % 3 != 0, 2 if i % 10 == 5 else 1
             prompt = self.prompt()
             name = self.add(prompt, 2 + i % 3, asked, n)
             asks[name], prompts[name] = asked, prompt
@@ -135,12 +135,12 @@ class Soak:
         }
 
 
-def main(scratch):
+def main(scratch, asking):
     directory = str(Path(scratch, "llama"))
     make_tiny_model(directory)
     with Receiver(CaptureConfig()) as receiver:
         vllm_hooks.install()
-        soak = Soak(directory, receiver)
+        soak = Soak(directory, receiver, asking == "on")
         while soak.number < WARM_UP:
             soak.round()
         first, before = soak.number, soak.entries()
@@ -163,4 +163,4 @@ def main(scratch):
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

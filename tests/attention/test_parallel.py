@@ -14,6 +14,7 @@ from pivottrace_verl.attention.replay import compare, replay
 pytestmark = pytest.mark.vllm
 
 TOLERANCE = 1e-4
+SLOW = ("tensor", "pipeline", "first_stage", "data")
 # Workers that capture: ranks x stages x replicas.
 WORKERS = {
     "tensor": 2,
@@ -32,7 +33,10 @@ ENVIRONMENT = {
 }
 
 
-@pytest.fixture(scope="module", params=list(WORKERS))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(k, marks=[pytest.mark.slow] if k in SLOW else []) for k in WORKERS],
+)
 def engine(request, run_engines):
     """What one kind of engine did."""
     found = run_engines("engine_parallel.py", request.param, **ENVIRONMENT)
