@@ -2,9 +2,9 @@
 
     python engine_soak.py SCRATCH on|off
 
-On: requests that ask for their trace and such that do not, one in ten aborted, one in ten with n = 2,
-some continued after an abort. Off: the same, none of them asking. Writes `runs.json` with counts of entries and resident memory after
-the warm-up and at the end (`traces.npz` is empty).
+On: requests that ask for their trace and such that do not, one in ten aborted, one in ten with
+n = 2, some continued after an abort. Off: the same, none of them asking. Writes `runs.json` with
+counts of entries and resident memory after the warm-up and at the end; `traces.npz` is empty.
 """
 
 import gc
