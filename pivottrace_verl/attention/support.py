@@ -165,14 +165,14 @@ def find_layers(
     return chosen
 
 
-def find_witness(vllm_config: Any, kv_cache_config: Any, group: int) -> Any:
-    """Of a stage that has no traced layer and yet the logits, a layer whose steps are followed
-    instead, in the KV cache group of the traced ones."""
+def find_witness(vllm_config: Any, kv_cache_config: Any, traced: TracedLayer) -> TracedLayer:
+    """Where a worker has the logits and no traced layer: one whose steps are followed instead, in
+    the KV cache group of a traced one."""
     found, _ = _own_layers(vllm_config, kv_cache_config)
-    modules = [module for _, module, own_group in found.values() if own_group == group]
-    if not modules:
-        refuse("the last stage of the pipeline has no attention layer of the traced kind")
-    return modules[0]
+    for index, (name, module, group) in found.items():
+        if group == traced.group:
+            return TracedLayer(index, name, module, group, traced.n_heads)
+    refuse("the last stage of the pipeline has no attention layer of the traced kind")
 
 
 def _own_layers(

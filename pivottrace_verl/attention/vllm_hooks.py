@@ -131,7 +131,7 @@ def attach(wrapper: Any, kv_cache_config: Any) -> "Capture | None":
         return None
     witness = None
     if not part.layers:
-        witness = find_witness(wrapper.vllm_config, kv_cache_config, layers[0].group)
+        witness = find_witness(wrapper.vllm_config, kv_cache_config, layers[0])
     # One worker that captures everything sends traces and not parts.
     sender = Sender(
         os.environ[ENV_ENDPOINT], os.environ[ENV_TOKEN], config.wire, part if part.of > 1 else None
@@ -173,7 +173,7 @@ class Capture:
         sender: Sender,
         place: Place,
         part: Part,
-        witness: Any = None,
+        witness: TracedLayer | None,
     ) -> None:
         self.runner = runner
         self.place = place
@@ -211,17 +211,17 @@ class Capture:
         self._batch = _NO_BATCH
 
     def describe(self) -> dict[str, Any]:
-        chosen = self.config.heads
-        module = self.layers[0].module if self.layers else self._witness
+        first, chosen = self.layers[0] if self.layers else self._witness, self.config.heads
+        assert first is not None
         return {
-            "backend": str(module.attn_backend.get_name()),
-            "isa": str(module.impl.isa),
+            "backend": first.backend,
+            "isa": first.isa,
             "key_layout": self.layouts[0] if self.layouts else None,
             "layers": [layer.index for layer in self.traced],
             "head_groups": None if chosen else [list(group) for group in self.groups[0]],
             "heads": chosen and [list(heads) for heads in chosen],
             "features": list(FEATURES),
-            "dtype": str(module.kv_cache.dtype).removeprefix("torch."),
+            "dtype": str(first.module.kv_cache.dtype).removeprefix("torch."),
             "block_size": self._block_size,
             "slots": len(self.store.owner),
             "tensor_parallel": self.place.tensor_size,
@@ -233,7 +233,8 @@ class Capture:
         for position, layer in enumerate(self.layers):
             layer.module.impl.forward = self._wrap_forward(position, layer.module.impl.forward)
         if self._witness is not None:
-            self._witness.impl.forward = self._wrap_forward(None, self._witness.impl.forward)
+            impl = self._witness.module.impl
+            impl.forward = self._wrap_forward(None, impl.forward)
         execute_model, model = self.runner.execute_model, self.runner.model
 
         @functools.wraps(execute_model)

@@ -236,6 +236,7 @@ NAMES = (
             ("ParallelConfig.pipeline_parallel_size", "drafts in a pipeline are refused"),
             ("ParallelConfig.decode_context_parallel_size", "context parallelism is refused"),
             ("ParallelConfig.prefill_context_parallel_size", "context parallelism is refused"),
+            ("ParallelConfig.world_size", "external launchers are refused"),
             ("ParallelConfig.nnodes", "engines on several machines are refused"),
             ("ParallelConfig.distributed_executor_backend", "external launchers are refused"),
         )
