@@ -60,7 +60,7 @@ def make_model(kind, directory):
         # Where little depends on the context, text runs in circles, and drafts come true.
         with torch.no_grad():
             for layer in model.model.layers:
-                layer.self_attn.o_proj.weight *= 0.05
+                layer.self_attn.o_proj.weight *= 0.002
         model.save_pretrained(directory)
 
 
