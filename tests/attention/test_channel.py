@@ -152,7 +152,9 @@ def test_a_late_trace_is_not_taken_for_that_of_a_later_request(receiver, sender)
     sender.trace("a", *own, 0)
     sender.trace("b", *own, 0)
     assert np.array_equal(receiver.get("b").stats, own[0])
-    assert receiver.get("a", timeout=0.05) is None
+    start = time.monotonic()
+    assert receiver.get("a", timeout=60) is None
+    assert time.monotonic() - start < 30  # there is nothing to wait for
     assert receiver.counters["late"] == 1
     assert receiver.counters["missing"] == 3
 
