@@ -2,7 +2,10 @@
 
 The owner of an engine sets the three environment variables below before the engine starts
 (`channel.Receiver.start` does); its worker processes inherit them. A single request opts in by
-`SamplingParams.extra_args = {"pivottrace": {"key": "<unique string>"}}`.
+`SamplingParams.extra_args = {"pivottrace": {"key": "<unique string>"}}`; one that goes on with a
+rollout, its prompt being prompt and tokens so far, adds the length of the first prompt as
+`"prompt_tokens"`, so that prompt and response are told apart as if it had been one request
+(`channel.Trace.join` puts the traces together).
 """
 
 import dataclasses
@@ -27,7 +30,7 @@ EXTRA_ARGS_NAME = "pivottrace"
 
 TOKEN_STATISTICS = ("token_entropy", "self_certainty")
 """What is kept of the full next-token distribution that chose each token; see
-`vllm_hooks.token_statistics`."""
+`reference.token_statistics`."""
 
 WIRE_DTYPES = {"float32": "<f4", "float16": "<f2"}
 

@@ -274,7 +274,7 @@ def layer_rows(
 
 @njit(fastmath=FAST, nogil=True, cache=True)
 def token_rows(logits, rows, out):
-    """Entropy and self-certainty of logits[rows] [N, V] as in `vllm_hooks.token_statistics`:
+    """Entropy and self-certainty of logits[rows] [N, V] as in `reference.token_statistics`:
     out [N, 2]."""
     lanes = np.empty(LANES, np.float32)
     for i in range(len(rows)):

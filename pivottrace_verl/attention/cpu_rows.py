@@ -36,17 +36,18 @@ PROVED = 0.01
 
 class StepRows:
     """The rows of one step, before any layer: block table [N, >= B], absolute positions [N] and
-    prompt lengths [N]."""
+    response starts [N], the position of each rollout's first generated token."""
 
     def __init__(
         self,
         table: torch.Tensor,
         positions: torch.Tensor,
-        prompts: torch.Tensor,
+        starts: torch.Tensor,
         block_size: int,
         config: CaptureConfig,
     ) -> None:
-        self._tensors = table, positions, prompts
+        self.starts = starts
+        self._tensors = table, positions, starts
         self._block_size = block_size
         self._config = config
         self._plans: dict[int | None, RowPlan] = {}
@@ -61,9 +62,9 @@ class StepRows:
 
     @cached_property
     def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(block table, positions, prompt lengths) for `layer_rows`."""
-        table, positions, prompts = (tensor.contiguous().numpy() for tensor in self._tensors)
-        return table, positions, prompts
+        """(block table, positions, response starts) for `layer_rows`."""
+        table, positions, starts = (tensor.contiguous().numpy() for tensor in self._tensors)
+        return table, positions, starts
 
 
 @dataclass(frozen=True)

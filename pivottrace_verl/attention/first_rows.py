@@ -21,6 +21,7 @@ was read at another place is off by far more."""
 def dense_row(
     query: torch.Tensor,
     key: torch.Tensor,
+    response_start: int,
     rule: ScoreRule,
     sliding_window: int | None,
     config: CaptureConfig,
@@ -30,6 +31,8 @@ def dense_row(
     Args:
         query: [H, D] of that token.
         key: [S, H_kv, D] of the whole prompt.
+        response_start: position of the rollout's first generated token; S, or less where the
+            request goes on with a rollout.
         rule: the layer's.
         sliding_window: keys the token sees, its own included; None: all.
     """
@@ -47,7 +50,7 @@ def dense_row(
         learnt = (sinks - lse).exp()
     position = torch.tensor([length - 1])
     rows = (scores - lse).exp()[:, None]
-    return dense_statistics(rows, lse, position, length, config, learnt)[0]
+    return dense_statistics(rows, lse, position, response_start, config, learnt)[0]
 
 
 def check_row(captured: torch.Tensor, expected: torch.Tensor, layer: int, window: int) -> None:

@@ -32,6 +32,8 @@ FLOOR = -80.0
 nothing beside 1, and exp is many times slower where it underflows."""
 CHUNK_ELEMENTS = 1 << 25
 """Most key elements copied at once, so that long contexts do not double the memory."""
+LOGITS_CHUNK = 1 << 20
+"""Logits read at once: few enough that what is made of them stays in the cache."""
 
 
 def dense_statistics(
@@ -284,3 +286,32 @@ def _features(
         / total
     )
     return torch.cat(out, -1)
+
+
+def token_statistics(logits: torch.Tensor) -> torch.Tensor:
+    """Statistics in nats of p = softmax(logits) at temperature 1, over the full vocabulary:
+    [N, V] -> [N, K] float32, in the order of `TOKEN_STATISTICS`.
+
+    Entropy is -sum p log p. Self-certainty (arXiv 2502.18581) is KL(uniform || p)
+    = -1/V sum log(V p), taken over the words that are not masked.
+    """
+    chunk = max(1, LOGITS_CHUNK // logits.shape[-1])
+    out = []
+    for part in logits.split(chunk):
+        # Masked vocabulary is -inf; the floor keeps 0 * -inf out of the sum.
+        top = part.amax(-1, keepdim=True).float()
+        score = part.float() - top
+        n_words = score.new_full((len(score),), score.shape[-1])
+        score_sum = score.sum(-1)
+        if bool(score_sum.isinf().any()):
+            masked = score == -torch.inf
+            n_words -= masked.sum(-1)
+            score_sum = score.masked_fill(masked, 0.0).sum(-1)
+        score.clamp_min_(FLOOR)
+        weight = score.exp()
+        total = weight.sum(-1)
+        log_total = total.log()
+        entropy = log_total - torch.linalg.vecdot(weight, score) / total
+        certainty = log_total - n_words.log() - score_sum / n_words
+        out.append(torch.stack([entropy, certainty], dim=-1))
+    return torch.cat(out)

@@ -95,9 +95,12 @@ def run_selftest(
 
 
 def make_tiny_model(
-    directory: str | os.PathLike[str], architecture: str = "llama", seed: int = 0
+    directory: str | os.PathLike[str],
+    architecture: str = "llama",
+    seed: int = 0,
+    n_key_heads: int = 2,
 ) -> Any:
-    """A random four-layer model with grouped queries, saved without tokenizer.
+    """A random four-layer model with 4 query heads, saved without tokenizer.
 
     `architecture` is one of `ARCHITECTURES`; where a model has layers with a sliding window, every
     other one has. Weights are drawn wide enough that attention is far from uniform, so that a wrong
@@ -114,7 +117,7 @@ def make_tiny_model(
             "intermediate_size": 256,
             "num_hidden_layers": 4,
             "num_attention_heads": 4,
-            "num_key_value_heads": 2,
+            "num_key_value_heads": n_key_heads,
             "max_position_embeddings": 1024,
             "initializer_range": 0.12,
             "bos_token_id": None,

@@ -3,7 +3,7 @@
 Of one token it is KL(U || p) = -1/V sum over the vocabulary of log(V p(v)), with p the full
 next-token distribution at temperature 1 and U uniform over its V words (masked ones left out);
 of a rollout the mean over its tokens; here the mean over the rollouts. It is computed in the
-engine from the logits that chose each token (`attention.vllm_hooks.token_statistics`), not from
+engine from the logits that chose each token (`attention.reference.token_statistics`), not from
 a few top tokens.
 
 Every word counts alike, so the average is made of the tail: words never used in the pool, whose

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from vllm import LLM, SamplingParams
 
-from pivottrace_verl.attention import vllm_hooks
+from pivottrace_verl.attention import cpu_capture, vllm_hooks
 from pivottrace_verl.attention.channel import Receiver
 from pivottrace_verl.attention.config import ENV_DISABLE, CaptureConfig
 from pivottrace_verl.attention.cpu_rows import compiled_rows
@@ -122,6 +122,7 @@ class Scenarios:
 
     def run(self):
         self.generate("plain", [self.prompt(n) for n in (1, 5, 17, 40)], 40)
+        self.resume(self.requests["plain"][2])
         long = [self.prompt(n) for n in (150, 200)]
         self.generate("long", long, 24)
         self.generate("prefix_cached", [[*p, 5, 6, 7] for p in long], 24)
@@ -133,6 +134,18 @@ class Scenarios:
         self.abort()
         self.greedy()
         self.preempt()
+
+    def resume(self, begun):
+        """Go on with a rollout after 15 of its tokens, as a request of its own."""
+        key, prompt = f"{self.name}/resumed/0", [*begun["prompt"], *begun["tokens"][:15]]
+        asked = {"key": key, "prompt_tokens": len(begun["prompt"])}
+        params = SamplingParams(
+            max_tokens=40, ignore_eos=True, detokenize=False, extra_args={"pivottrace": asked}
+        )
+        output = self.llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0]
+        vllm_hooks.flush()
+        self.note("resumed", key, prompt, list(output.outputs[0].token_ids))
+        self.requests["resumed"][0]["prompt_tokens"] = asked["prompt_tokens"]
 
     def abort(self):
         """Two requests, one aborted after some tokens; with chunked prompts a third, aborted
@@ -222,7 +235,7 @@ def main(scratch):
             vllm_hooks.install()
             vllm_hooks.install()
             # One of the two goes the way of engines that can compile nothing.
-            vllm_hooks.compiled_rows = compiled_rows if name == "llama" else no_compiled_rows
+            cpu_capture.compiled_rows = compiled_rows if name == "llama" else no_compiled_rows
             scenarios = Scenarios(name, directory, receiver)
             scenarios.facts["hello"] = receiver.wait_ready(1.0)
             scenarios.facts["compiled"] = scenarios.capture._compiled is not None
@@ -246,7 +259,7 @@ def main(scratch):
             del os.environ[ENV_DISABLE]
     with Receiver(CaptureConfig()) as receiver:
         try:
-            vllm_hooks.compiled_rows = compiled_rows
+            cpu_capture.compiled_rows = compiled_rows
             half = Scenarios("llama", str(Path(scratch, "llama")), receiver, dtype="bfloat16")
             half.generate("bfloat16", [half.prompt(n) for n in (10, 150)], 60)
             runs["llama"]["requests"].update(half.requests)

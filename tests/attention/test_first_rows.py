@@ -7,12 +7,15 @@ import pytest
 import torch
 
 from pivottrace_verl.attention.config import EXTRA_ARGS_NAME, CaptureConfig
+from pivottrace_verl.attention.cpu_capture import Capture
+from pivottrace_verl.attention.parts import Place, divide
 from pivottrace_verl.attention.support import TracedLayer
-from pivottrace_verl.attention.vllm_hooks import Capture
 
 pytestmark = pytest.mark.vllm
 
 KV_HEADS, BLOCK, SIZE, HEADS, VOCABULARY = 2, 32, 32, 4, 50
+ALONE = Place()
+GROUPS = ((0, 1, 2, 3),)
 
 
 def write(module, keys, values, cache, slots):
@@ -34,13 +37,13 @@ def make_layer(index):
             module, key, value, cache, metadata.slot_mapping
         ),
     )  # fmt: skip
-    return TracedLayer(index, f"model.layers.{index}", module, 0)
+    return TracedLayer(index, f"model.layers.{index}", module, 0, HEADS)
 
 
 class Engine:
     """One request in a runner that has just what the capture reads of it."""
 
-    def __init__(self):
+    def __init__(self, place=ALONE):
         self.sent = []
         logits = torch.randn(1, VOCABULARY)
         self.runner = SimpleNamespace(
@@ -55,23 +58,27 @@ class Engine:
             self.runner,
             SimpleNamespace(num_blocks=9, kv_cache_groups=[spec]),
             self.layers,
+            [GROUPS, GROUPS],
             CaptureConfig(layers=(3, 5)),
             SimpleNamespace(trace=lambda *trace: self.sent.append(trace)),
+            place,
+            divide([0, 0], [GROUPS, GROUPS], HEADS, place)[place.tensor_rank],
+            None,
         )
         self.capture.wrap()
 
-    def prefill(self, length, blocks=(4, 2, 7), read_blocks=None):
+    def prefill(self, length, blocks=(4, 2, 7), read_blocks=None, **asked):
         """A step that computes the whole prompt; keys lie in `blocks`, the table says
         `read_blocks`."""
         new = SimpleNamespace(
             req_id="0",
             prompt_token_ids=[1] * length,
-            sampling_params=SimpleNamespace(extra_args={EXTRA_ARGS_NAME: {"key": "a"}}),
+            sampling_params=SimpleNamespace(extra_args={EXTRA_ARGS_NAME: {"key": "a", **asked}}),
         )
         self.runner.execute_model(
             SimpleNamespace(
                 finished_req_ids=set(), preempted_req_ids=set(), scheduled_new_reqs=[new],
-                total_num_scheduled_tokens=length,
+                total_num_scheduled_tokens=length, scheduled_spec_decode_tokens={},
             )
         )  # fmt: skip
         self.runner.requests["0"] = SimpleNamespace(block_ids=(list(blocks),), output_token_ids=[7])
@@ -99,6 +106,24 @@ def test_a_prompt_that_is_read_where_it_was_written_is_sent():
     ((key, stats, tokens, missing),) = engine.sent
     assert (key, stats.shape[:2], tokens.shape, missing) == ("a", (1, 2), (1, 2), 0)
     assert np.isfinite(stats).all()
+
+
+def test_a_prompt_that_goes_on_with_a_rollout_passes_the_check():
+    engine = Engine()
+    engine.prefill(70, prompt_tokens=20)
+    assert len(engine.sent) == 1
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_rank_without_heads_of_a_group_checks_the_others(compiled, monkeypatch):
+    monkeypatch.setitem(globals(), "GROUPS", ((0, 1, 2, 3), (4, 5)))
+    engine = Engine(Place(tensor_size=2))
+    if not compiled:
+        engine.capture._compiled = None
+    engine.prefill(70)
+    assert len(engine.sent) == 1
+    with pytest.raises(RuntimeError, match="is not what"):
+        engine.prefill(70, read_blocks=(2, 4, 7))
 
 
 @pytest.mark.parametrize("compiled", [True, False])

@@ -18,8 +18,8 @@ from pivottrace_verl.attention.reference import (
     group_heads,
     plan_rows,
     row_statistics,
+    token_statistics,
 )
-from pivottrace_verl.attention.vllm_hooks import token_statistics
 from pivottrace_verl.pivots import FEATURES
 
 RULE = ScoreRule(scale=0.25)
@@ -193,7 +193,7 @@ def test_a_first_prompt_passes_with_its_own_row_and_fails_with_another(rule, sli
     config = CaptureConfig()
     keys, pages, table = make_pages([70], 2, 32, 32, 0)
     query = torch.randn(1, 4, 32, generator=torch.Generator().manual_seed(1))
-    expected = dense_row(query[0], keys[0].transpose(0, 1), rule, sliding_window, config)
+    expected = dense_row(query[0], keys[0].transpose(0, 1), 70, rule, sliding_window, config)
     for position in (69, 68):
         positions, prompt = torch.tensor([position]), torch.tensor([70])
         plan = plan_rows(table, positions, prompt, 32, config, sliding_window)

@@ -1,0 +1,346 @@
+"""Capture in one worker of an engine on a CPU: rows in compiled code or torch, step by step.
+
+`Capture` wraps instance attributes of that worker only:
+
+- `model_runner.execute_model`: the tracker sees each SchedulerOutput before the runner acts on it;
+- `impl.forward` of each traced attention layer: after the original, the rows of the queries that
+  choose a token are computed from the paged keys;
+- `model.compute_logits`: entropy and self-certainty of the logits that choose each token are
+  stored beside them.
+
+In vLLM's V1 runner a request has one such query a step, the last of its scheduled tokens, and with
+draft tokens as many more; rows of drafts that are rejected lie where the next step writes. Rows of
+other queries are never needed: rows are read out before a preempted request loses its blocks.
+Where an engine has several workers each captures its own layers and heads (`parts`); the logits
+are read on one.
+
+Axes: N rows of a step, H query heads, H_kv key heads, D head size, F features.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from pivottrace_verl.attention.config import TOKEN_STATISTICS, CaptureConfig
+from pivottrace_verl.attention.cpu_rows import LayerRows, StepRows, compiled_rows
+from pivottrace_verl.attention.first_rows import LONGEST, check_complete, check_row, dense_row
+from pivottrace_verl.attention.keys import PagedKeys
+from pivottrace_verl.attention.parts import Groups, Part, Place, own_heads
+from pivottrace_verl.attention.reference import (
+    ScoreRule,
+    group_heads,
+    needed_heads,
+    row_statistics,
+    token_statistics,
+)
+from pivottrace_verl.attention.sender import Sender
+from pivottrace_verl.attention.store import NOBODY, SlotStore, Tracker
+from pivottrace_verl.attention.support import TracedLayer, key_layout, sliding_window
+from pivottrace_verl.pivots import FEATURES
+
+_NO_BATCH: tuple[list[str], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = (
+    [],
+    (torch.empty(0), torch.empty(0), torch.empty(0)),
+)
+_FIRST = 4
+"""Requests of an engine that are checked, by `first_rows`."""
+
+
+@dataclass
+class Step:
+    """What the traced layers of one forward pass share; N rows, one a request."""
+
+    batch: torch.Tensor | None
+    """[N] which of the step's logits have a row; None for all."""
+    tokens: torch.Tensor | None
+    """[N] which of the batch's tokens are the rows; None for all."""
+    rows: StepRows
+    slots: torch.Tensor
+    owners: torch.Tensor
+    layers_done: int = 0
+
+
+class Capture:
+    """Capture in one worker: `observe` a step, `record` each traced layer, `finish` with logits."""
+
+    def __init__(
+        self,
+        runner: Any,
+        kv_cache_config: Any,
+        layers: list[TracedLayer],
+        groups: list[Groups],
+        config: CaptureConfig,
+        sender: Sender,
+        place: Place,
+        part: Part,
+        witness: TracedLayer | None,
+    ) -> None:
+        self.runner = runner
+        self._sender = sender
+        self.place = place
+        self.traced = layers
+        self.layers = [layers[number] for number in part.layers]
+        self.layouts = [key_layout(layer) for layer in self.layers]
+        self.config = config
+        self._witness = witness
+        followed = self.layers[0] if self.layers else witness
+        if followed is None:
+            raise ValueError("A worker without a traced layer needs a witness.")
+        self._followed = followed
+        self._kernel_block = followed.module.kv_cache.shape[2]
+        self._has_logits = part.tokens
+        self.groups = groups
+        impls = [layer.module.impl for layer in self.layers]
+        self._rules = [ScoreRule(impl.scale, impl.logits_soft_cap) for impl in impls]
+        self._windows = [sliding_window(impl) for impl in impls]
+        self._own = [
+            own_heads(groups[number], layer.n_heads, place.tensor_rank)
+            for number, layer in zip(part.layers, self.layers, strict=True)
+        ]
+        self._heads = [
+            needed_heads(own, layer.n_heads)
+            for own, layer in zip(self._own, self.layers, strict=True)
+        ]
+        self._compiled = compiled_rows(
+            [layer.module.kv_cache for layer in self.layers],
+            [
+                LayerRows(layout, rule, window, own, layer.n_heads)
+                for layout, rule, window, own, layer in zip(
+                    self.layouts, self._rules, self._windows, self._own, self.layers, strict=True
+                )
+            ],
+            config,
+        )
+        block_size = kv_cache_config.kv_cache_groups[layers[0].group].kv_cache_spec.block_size
+        self._block_size = block_size
+        self.store = SlotStore(
+            kv_cache_config.num_blocks * block_size,
+            len(self.layers),
+            len(self.groups[0]),
+            len(FEATURES),
+        )
+        self.tracker = Tracker(
+            self.store,
+            block_size,
+            layers[0].group,
+            self._send,
+            scheduled_rows=not place.is_last_stage,
+        )
+        self._unchecked = [_FIRST] * len(self.layers)
+        self._unsent = _FIRST
+        self._drafts: dict[str, list[int]] = {}
+        self._expecting = False
+        self._step: Step | None = None
+        self._batch = _NO_BATCH
+
+    def describe(self) -> dict[str, Any]:
+        first, chosen = self._followed, self.config.heads
+        return {
+            "backend": first.backend,
+            "isa": first.isa,
+            "key_layout": self.layouts[0] if self.layouts else None,
+            "layers": [layer.index for layer in self.traced],
+            "head_groups": None if chosen else [list(group) for group in self.groups[0]],
+            "heads": chosen and [list(heads) for heads in chosen],
+            "features": list(FEATURES),
+            "dtype": str(first.module.kv_cache.dtype).removeprefix("torch."),
+            "block_size": self._block_size,
+            "slots": len(self.store.owner),
+            "tensor_parallel": self.place.tensor_size,
+            "pipeline_parallel": self.place.n_stages,
+        }
+
+    def flush(self) -> None:
+        """Send the traces of all requests that are tracked."""
+        self.tracker.flush(self.runner.requests)
+
+    def wrap(self) -> None:
+        """Put the wrappers on this worker's own instances."""
+        for position, layer in enumerate(self.layers):
+            layer.module.impl.forward = self._wrap_forward(position, layer.module.impl.forward)
+        if self._witness is not None:
+            impl = self._witness.module.impl
+            impl.forward = self._wrap_forward(None, impl.forward)
+        execute_model, model = self.runner.execute_model, self.runner.model
+
+        @functools.wraps(execute_model)
+        def traced_execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            self.observe(scheduler_output)
+            return execute_model(scheduler_output, *args, **kwargs)
+
+        self.runner.execute_model = traced_execute_model
+        if not self._has_logits:
+            return
+        compute_logits = model.compute_logits
+
+        @functools.wraps(compute_logits)
+        def traced_compute_logits(hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            logits = compute_logits(hidden_states, *args, **kwargs)
+            if self._expecting:
+                self.finish(logits)
+            return logits
+
+        model.compute_logits = traced_compute_logits
+
+    def _wrap_forward(
+        self, position: int | None, forward: Callable[..., Any]
+    ) -> Callable[..., Any]:
+        @functools.wraps(forward)
+        def traced_forward(layer: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            out = forward(layer, query, *args, **kwargs)
+            # Positions as in AttentionImpl.forward: key, value, kv_cache, attn_metadata, ...
+            kv_cache, metadata = args[2], args[3]
+            # Profiling and warm-up runs have no metadata, or come outside a step.
+            if self._expecting and metadata is not None:
+                step = self.record(position, query, kv_cache, metadata)
+                if position is not None and step is not None and self._unchecked[position] > 0:
+                    self._check(position, step, query, args[0], metadata)
+            return out
+
+        return traced_forward
+
+    def observe(self, scheduler_output: Any) -> None:
+        """Top of a step, before the runner's own bookkeeping."""
+        self.tracker.observe(scheduler_output, self.runner.requests)
+        self._step = None
+        self._drafts = scheduler_output.scheduled_spec_decode_tokens
+        self._expecting = bool(self.tracker.requests) and (
+            scheduler_output.total_num_scheduled_tokens > 0
+        )
+        if scheduler_output.finished_req_ids or scheduler_output.scheduled_new_reqs:
+            self._batch = _NO_BATCH
+
+    def record(
+        self, position: int | None, query: torch.Tensor, kv_cache: torch.Tensor, metadata: Any
+    ) -> Step | None:
+        """Rows of one traced layer, after its attention ran; no position: of the witness, which
+        has none. Returns their step, None where there are none."""
+        if self._step is None:
+            self._step = self._begin(metadata)
+            if self._step is None:
+                self._expecting = False
+        step = self._step
+        if step is None or position is None:
+            return None
+        query = query[: metadata.num_actual_tokens]
+        if step.tokens is not None:
+            query = query.index_select(0, step.tokens)
+        if self._compiled is not None:
+            rows = self._compiled.rows(position, query, kv_cache, step.rows)
+        else:
+            heads, groups = self._heads[position]
+            keys = PagedKeys(kv_cache, self.layouts[position])
+            plan = step.rows.plan(self._windows[position])
+            rows = row_statistics(query, keys, plan, self._rules[position], heads)
+            rows = group_heads(rows, groups)
+        self.store.write_layer(position, step.slots, rows)
+        step.layers_done += 1
+        if not self._has_logits and step.layers_done == len(self.layers):
+            self._step, self._expecting = None, False
+            unknown = torch.zeros(len(step.slots), len(TOKEN_STATISTICS))
+            self.store.finish_rows(step.slots, unknown, step.owners)
+        return step
+
+    def _send(self, key: str, stats: np.ndarray, tokens: np.ndarray, missing_rows: int) -> None:
+        if self._unsent > 0:
+            self._unsent -= 1
+            check_complete(key, len(tokens), missing_rows)
+        self._sender.trace(key, stats, tokens, missing_rows)
+
+    def _check(
+        self, position: int, step: Step, query: torch.Tensor, key: torch.Tensor, metadata: Any
+    ) -> None:
+        """Compare rows of the first prompts that are computed in one step; raises RuntimeError."""
+        if metadata.max_query_len == 1 or self._drafts:
+            return
+        (heads, groups), starts = self._heads[position], metadata.query_start_loc
+        # Of a group that is wholly on other ranks there is nothing here.
+        there = [number for number, group in enumerate(groups) if group]
+        requests = range(len(step.slots)) if step.batch is None else step.batch.tolist()
+        for row, request in enumerate(requests):
+            start, end = int(starts[request]), int(starts[request + 1])
+            whole = end - start == int(metadata.seq_lens[request]) <= LONGEST
+            if not whole or self._unchecked[position] == 0:
+                continue
+            self._unchecked[position] -= 1
+            expected = dense_row(
+                query[end - 1],
+                key[start:end],
+                int(step.rows.starts[row]),
+                self._rules[position],
+                self._windows[position],
+                self.config,
+            )
+            expected = group_heads((expected if heads is None else expected[heads])[None], groups)
+            captured = self.store.stats[step.slots[row], position]
+            check_row(
+                captured[there],
+                expected[0, there],
+                self.layers[position].index,
+                self.config.window,
+            )
+
+    def finish(self, logits: torch.Tensor) -> None:
+        """The step's logits [queries that choose a token, vocabulary]: the rows are complete."""
+        step, self._step, self._expecting = self._step, None, False
+        if step is None or step.layers_done != len(self.layers):
+            done = 0 if step is None else step.layers_done
+            raise RuntimeError(
+                f"Attention capture saw {done} of its {len(self.layers)} layers run in a step "
+                f"that chooses tokens, so rows would be missing; set PIVOTTRACE_DISABLE=1 to run "
+                f"without capture."
+            )
+        if self._compiled is not None:
+            tokens = self._compiled.token_statistics(logits, step.batch)
+        else:
+            tokens = token_statistics(logits if step.batch is None else logits[step.batch])
+        self.store.finish_rows(step.slots, tokens, step.owners)
+
+    def _begin(self, metadata: Any) -> Step | None:
+        """Which queries of this step are rows; None when there are none."""
+        prompts, starts, owners = self._batch_rows()
+        ends = metadata.query_start_loc[1 : len(owners) + 1]
+        tokens = ends.to(torch.long) - 1
+        positions = metadata.seq_lens[: len(owners)].to(torch.long) - 1
+        table = metadata.block_table[: len(owners)]
+        if self._drafts:
+            request, back = self._drafted()
+            tokens, positions = tokens[request] - back, positions[request] - back
+            prompts, starts = prompts[request], starts[request]
+            owners, table = owners[request], table[request]
+        wanted = (owners != NOBODY) & (positions >= prompts - 1)
+        batch = None
+        if not bool(wanted.all()):
+            batch = wanted.nonzero().squeeze(1)
+            if len(batch) == 0:
+                return None
+            tokens, positions, starts = tokens[batch], positions[batch], starts[batch]
+            table, owners = table[batch], owners[batch]
+        return Step(
+            batch=batch,
+            tokens=tokens if batch is not None or metadata.max_query_len > 1 else None,
+            rows=StepRows(table, positions, starts, self._kernel_block, self.config),
+            slots=metadata.slot_mapping[tokens].to(torch.long),
+            owners=owners,
+        )
+
+    def _drafted(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each query that chooses a token in a step with drafts: its request in batch order, and
+        how many queries of that request come after it. Ascending, as vLLM's logits are."""
+        drafts = [len(self._drafts.get(id_, ())) for id_ in self.runner.input_batch.req_ids]
+        back = [n - i for n in drafts for i in range(n + 1)]
+        request = [number for number, n in enumerate(drafts) for _ in range(n + 1)]
+        return torch.tensor(request), torch.tensor(back)
+
+    def _batch_rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(prompt lengths, response starts, owners) in batch order; kept while the batch stays the
+        same."""
+        req_ids = self.runner.input_batch.req_ids
+        if req_ids != self._batch[0]:
+            prompts, starts, owners = map(torch.from_numpy, self.tracker.rows_of(req_ids))
+            self._batch = (list(req_ids), (prompts, starts, owners))
+        return self._batch[1]
