@@ -104,14 +104,14 @@ def _in_a_group(shares, head, there, HEADS: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def walk(
-    query, keys, state, starts, lengths, table, slots, prompts, key_scale, shares,
+    query, keys, state, starts, lengths, table, slots, prompts, key_scale, query_scale, shares,
     scale, soft_cap, query_token, query_head, query_size,
     keys_block, keys_token, keys_head, keys_size, table_row,
     block_size, window, sink, sliding_window,
     HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, KV_HEADS: tl.constexpr,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr,
     TILE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, CAPPED: tl.constexpr,
-    SCALED_KEYS: tl.constexpr, WIDE: tl.constexpr,
+    SCALED_KEYS: tl.constexpr, SCALED_QUERY: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """State of one (row, KV head, split): [HEADS, COLUMNS], HEADS query heads of the KV head."""
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -132,10 +132,13 @@ def walk(
         mask=(head[:, None] < HEADS) & (size[None, :] < SIZE),
         other=0.0,
     )
-    if WIDE:
-        q = q.to(tl.float32)
     if SCALED_KEYS:
         scale = scale * tl.load(key_scale)
+    if SCALED_QUERY:
+        scale = scale * tl.load(query_scale)
+        q = q.to(tl.bfloat16)  # FP8 fits it exactly
+    if WIDE:
+        q = q.to(tl.float32)
     # Keys first..position are seen; every tile that is walked holds one of them at least.
     first = tl.where(sliding_window > 0, tl.maximum(position + 1 - sliding_window, 0), 0)
     first_tile = first // TILE
@@ -183,18 +186,21 @@ def walk(
 
 @triton.jit
 def merge(
-    state, out, starts, lengths, slots, prompts, sinks, shares,
+    state, out, starts, lengths, slots, prompts, sinks, shares, written,
     out_slot, out_group, out_feature,
     HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, GROUPS: tl.constexpr,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, LEARNT_SINKS: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, LEARNT_SINKS: tl.constexpr, TELLS: tl.constexpr,
 ):  # fmt: skip
-    """Features of one row: splits merged, head groups averaged, written at the row's slot."""
+    """Features of one row: splits merged, head groups averaged, written at the row's slot; TELLS:
+    `written[row]` says where."""
     row = tl.program_id(0)
     _request, _token, _position, _prompt, slot, counts = _row_of(
         starts, lengths, slots, prompts, row, ROWS
     )
     if not counts:
         return
+    if TELLS:
+        tl.store(written + row, slot.to(tl.int32))
     head = tl.arange(0, HEADS_PADDED)
     column = tl.arange(0, COLUMNS)[None, :]
     # The state of a KV head none of whose heads is wanted was not written.

@@ -122,7 +122,7 @@ class Tracker:
         return prompts, np.array([t.owner if t else NOBODY for t in found], np.int32)
 
     def _start(self, new: Any) -> None:
-        key = _key_of(new)
+        key = key_of(new)
         if key is None:
             return
         if new.prompt_token_ids is None or new.req_id in self.requests:
@@ -164,7 +164,7 @@ class Tracker:
         tracked.missing_rows += missing
 
 
-def _key_of(new: Any) -> str | None:
+def key_of(new: Any) -> str | None:
     """The key under which a new request asked for its trace; the i-th child (i > 0) of a request
     with n > 1 shares its parent's arguments, and its trace goes by `key/i`."""
     extra = getattr(new.sampling_params, "extra_args", None) or {}

@@ -3,6 +3,7 @@
 Everything that cannot be captured is refused here, at engine start, with one sentence.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -71,8 +72,14 @@ def check_engine(vllm_config: Any, runner: Any) -> None:
         refuse(f"this engine's runner is {vllm_config.model_config.runner_type!r}, not 'generate'")
 
 
-def find_layers(vllm_config: Any, kv_cache_config: Any, config: CaptureConfig) -> list[TracedLayer]:
-    """The layers to trace; refuses where one of them cannot be read."""
+def find_layers(
+    vllm_config: Any,
+    kv_cache_config: Any,
+    config: CaptureConfig,
+    problem: Callable[[TracedLayer], str | None] | None = None,
+) -> list[TracedLayer]:
+    """The layers to trace; refuses where one of them cannot be read, which `problem` says (None:
+    the CPU backend's layers can)."""
     from vllm.model_executor.layers.attention import Attention
 
     context = vllm_config.compilation_config.static_forward_context
@@ -92,7 +99,7 @@ def find_layers(vllm_config: Any, kv_cache_config: Any, config: CaptureConfig) -
     if not found:
         kinds = "; ".join(others[:3]) or "none"
         refuse(f"the model has no plain attention layer that can be read (it has {kinds})")
-    problems = {index: _problem(layer) for index, layer in found.items()}
+    problems = {index: (problem or _problem)(layer) for index, layer in found.items()}
     readable = sorted(index for index, problem in problems.items() if problem is None)
     if config.layers is not None or not readable:
         for index in config.layers or sorted(found)[:1]:

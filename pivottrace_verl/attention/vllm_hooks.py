@@ -21,7 +21,7 @@ import os
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -52,12 +52,15 @@ from pivottrace_verl.attention.support import (
 )
 from pivottrace_verl.pivots import FEATURES
 
+if TYPE_CHECKING:
+    from pivottrace_verl.attention.device_capture import DeviceCapture
+
 logger = logging.getLogger(__name__)
 
 _MARK = "_pivottrace"
 _LOGITS_CHUNK = 1 << 20
 """Logits read at once: few enough that what is made of them stays in the cache."""
-_captures: "weakref.WeakSet[Capture]" = weakref.WeakSet()
+_captures: "weakref.WeakSet[Capture | DeviceCapture]" = weakref.WeakSet()
 
 
 def install() -> None:
@@ -87,15 +90,20 @@ def flush() -> None:
     worker about the last requests that finished. Call it when `generate` has returned.
     """
     for capture in list(_captures):
-        capture.tracker.flush(capture.runner.requests)
+        capture.flush()
+
+
+def uses_kernel(runner: Any) -> bool:
+    """True where the statistics come from the Triton kernel and not from torch."""
+    return bool(runner.device.type != "cpu")
 
 
 def _asked_for() -> bool:
     return bool(os.environ.get(ENV_CAPTURE)) and os.environ.get(ENV_DISABLE) != "1"
 
 
-def attach(wrapper: Any, kv_cache_config: Any) -> "Capture":
-    """Start capturing in a worker whose KV cache was just made.
+def attach(wrapper: Any, kv_cache_config: Any) -> "Capture | DeviceCapture":
+    """Start capturing in a worker whose KV cache was just made, before CUDA graphs are captured.
 
     Raises RuntimeError, which stops the engine, where capture was asked for and cannot be had.
     """
@@ -107,10 +115,21 @@ def attach(wrapper: Any, kv_cache_config: Any) -> "Capture":
             )
     config = CaptureConfig.from_json(os.environ[ENV_CAPTURE])
     runner = wrapper.worker.model_runner
-    check_engine(wrapper.vllm_config, runner)
-    layers = find_layers(wrapper.vllm_config, kv_cache_config, config)
+    kind: "type[Capture | DeviceCapture]"
+    if uses_kernel(runner):
+        # Imports Triton, which engines on a CPU do without.
+        from pivottrace_verl.attention import device_capture
+
+        kind = device_capture.DeviceCapture
+        layers = device_capture.find_device_layers(
+            wrapper.vllm_config, runner, kv_cache_config, config
+        )
+    else:
+        check_engine(wrapper.vllm_config, runner)
+        kind = Capture
+        layers = find_layers(wrapper.vllm_config, kv_cache_config, config)
     sender = Sender(os.environ[ENV_ENDPOINT], os.environ[ENV_TOKEN], config.wire)
-    capture = Capture(runner, kv_cache_config, layers, config, sender)
+    capture = kind(runner, kv_cache_config, layers, config, sender)
     capture.wrap()
     _captures.add(capture)
     info = capture.describe()
@@ -184,6 +203,9 @@ class Capture:
             "block_size": self._block_size,
             "slots": len(self.store.owner),
         }
+
+    def flush(self) -> None:
+        self.tracker.flush(self.runner.requests)
 
     def wrap(self) -> None:
         """Put the wrappers on this worker's own instances."""

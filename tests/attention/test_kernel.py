@@ -297,5 +297,5 @@ def test_it_compiles_for_cuda_without_spilling_registers(tmp_path):
     )
     assert told.returncode == 0, told.stderr[-2000:]
     lines = told.stdout.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 6
     assert all("STACK:0 " in line for line in lines), told.stdout
