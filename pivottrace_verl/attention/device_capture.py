@@ -90,7 +90,7 @@ class DeviceCapture:
         self._block_size = kv_cache_config.kv_cache_groups[layers[0].group].kv_cache_spec.block_size
         n_slots = kv_cache_config.num_blocks * self._block_size
         shape = (len(layers), n_groups, len(FEATURES))
-        _check_memory(device, n_slots * DeviceStore.bytes_per_slot(*shape))
+        check_memory(device, n_slots * DeviceStore.bytes_per_slot(*shape))
         self.store = DeviceStore(n_slots, *shape, device)
         self.rows = StepRows(runner.max_num_reqs, device)
         self.tracker = DeviceTracker(self.store, self._block_size, layers[0].group, sender.trace)
@@ -255,7 +255,7 @@ def _keeping(build: Callable[..., Any]) -> Callable[..., Any]:
     return keeping_build
 
 
-def _check_memory(device: torch.device, wanted: int) -> None:
+def check_memory(device: torch.device, wanted: int) -> None:
     """Refuse a store that does not fit beside what vLLM took."""
     if device.type != "cuda":
         return

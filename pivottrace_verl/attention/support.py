@@ -34,7 +34,9 @@ class TracedLayer:
 
     @property
     def isa(self) -> str:
-        return str(self.module.impl.isa)
+        # From vLLM 0.29 on the metadata builder notes it on the layer.
+        impl = self.module.impl
+        return str(impl.isa if hasattr(impl, "isa") else self.module.isa)
 
 
 def refuse(why: str) -> NoReturn:

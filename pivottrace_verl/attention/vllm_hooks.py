@@ -115,7 +115,7 @@ def attach(wrapper: Any, kv_cache_config: Any) -> "Capture | DeviceCapture":
             )
     config = CaptureConfig.from_json(os.environ[ENV_CAPTURE])
     runner = wrapper.worker.model_runner
-    kind: "type[Capture | DeviceCapture]"
+    kind: type[Capture | DeviceCapture]
     if uses_kernel(runner):
         # Imports Triton, which engines on a CPU do without.
         from pivottrace_verl.attention import device_capture

@@ -68,7 +68,9 @@ class Scenarios:
 
     def generate(self, scenario, prompts, n_tokens, asks=None, **values):
         params = [
-            self.sampling(self.key(scenario, i) if not asks or asks[i] else None, n_tokens, **values)
+            self.sampling(
+                self.key(scenario, i) if not asks or asks[i] else None, n_tokens, **values
+            )
             for i in range(len(prompts))
         ]
         outputs = self.llm.generate(
@@ -122,7 +124,7 @@ class Scenarios:
     def preempt(self):
         """More tokens than the cache holds."""
         before = self.capture.tracker.preemptions
-        self.generate("preempted", [self.prompt(n) for n in (60, 58, 50, 56)], 40)
+        self.generate("preempted", [self.prompt(n) for n in (60, 58, 62, 61)], 14)
         self.facts["preemptions"] = self.capture.tracker.preemptions - before
 
 
