@@ -158,8 +158,7 @@ class DeviceTracker:
         request = self.requests.pop(req_id, None)
         if request is None:
             return
-        if not request.preempted:
-            self._read(request)
+        self._read(request)
         if request.readings:
             self._leaving.append(request)
 

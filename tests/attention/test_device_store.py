@@ -66,7 +66,7 @@ class Engine:
     """
 
     def __init__(self, n_blocks=64, ahead=False, again=False):
-        self.sent, self.running = {}, {}
+        self.sent, self.running, self.chose = {}, {}, {}
         self.free = list(range(n_blocks))
         self.store = DeviceStore(n_blocks * BLOCK, 1, 1, 1, "cpu")
         self.tracker = DeviceTracker(self.store, BLOCK, group=0, send=self.send)
@@ -79,10 +79,18 @@ class Engine:
     def add(self, req_id, prompt, n_tokens, asks=True):
         extra = {"pivottrace": {"key": req_id}} if asks else None
         self.running[req_id] = SimpleNamespace(
-            prompt=prompt, wanted=n_tokens, tokens=0, computed=0, blocks=[], state="new",
-            params=SimpleNamespace(extra_args=extra), number=len(self.running) + len(self.sent) + 1,
+            prompt=prompt,
+            wanted=n_tokens,
+            tokens=0,
+            computed=0,
+            blocks=[],
+            state="new",
+            params=SimpleNamespace(extra_args=extra),
+            number=len(self.running) + len(self.sent) + 1,
             extra=int(self.ahead),
-        )  # fmt: skip
+            version=0.0,
+        )
+        self.chose[req_id] = []
 
     def step(self, budget=7, preempt=(), cached=0, dropped=0):
         """One step; `cached` blocks of a prefix are there already, `dropped` tokens are taken back
@@ -105,6 +113,7 @@ class Engine:
                 continue
             if q.state == "preempted":
                 q.tokens = max(0, q.tokens - dropped)
+                q.version += dropped / 8
             known = q.prompt + q.tokens
             if q.state != "on":
                 q.computed = min(cached, (known - 1) // BLOCK) * BLOCK
@@ -155,9 +164,11 @@ class Engine:
             position = q.computed - 1
             slot = q.blocks[position // BLOCK] * BLOCK + position % BLOCK
             if prompt >= 0 and position >= prompt - 1:
-                self.store.stats[slot] = 1000 * q.number + position
+                self.store.stats[slot] = value = 1000 * q.number + position + q.version
                 self.store.tokens[slot] = 0.0
                 self.store.owner[slot] = int(owner)
+                if q.computed == q.prompt + q.tokens:
+                    self.chose[req_id][q.tokens :] = [value]
             if q.computed == q.prompt + q.tokens:
                 q.tokens += 1
 
@@ -197,7 +208,8 @@ def test_every_token_has_its_row_whatever_happens_to_its_request(requests, ahead
         if asks:
             rows, missing = engine.sent[str(i)]
             assert missing == 0
-            assert rows[:n_tokens] == rows_wanted(i + 1, prompt, n_tokens)
+            assert rows[:n_tokens] == engine.chose[str(i)][:n_tokens]
+            assert [int(row) for row in rows[:n_tokens]] == rows_wanted(i + 1, prompt, n_tokens)
             assert len(rows) <= n_tokens + ahead
     assert not engine.tracker.requests
 
