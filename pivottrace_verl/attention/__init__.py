@@ -2,10 +2,14 @@
 
 `config` what to capture, `channel` how traces travel from the engine to its owner, `vllm_hooks`
 what is wrapped inside vLLM, `support` what is refused, `keys` how vLLM's cache is read, `store`
-where rows wait for their request to finish, `reference` the mathematics in torch, `kernel` the same
-in Triton (not wired into the hooks yet), `replay` the same statistics from a Hugging Face model,
-`heads` which layers and heads are worth capturing, `selftest` the proof that capture and replay
-agree on this machine.
+where rows wait for their request to finish, `reference` the mathematics in torch, `replay` the same
+statistics from a Hugging Face model, `heads` which layers and heads are worth capturing, `selftest`
+the proof that capture and replay agree on this machine.
+
+Engines on a CPU compute the statistics in torch; engines on a GPU launch `kernel`, the same in
+Triton, from `device_capture`'s hooks into `device_store`, which `device_tracker` reads;
+`device_layers` says which layers can be read and how. That path was not run on a GPU yet.
+
 The shortest use:
 
     receiver = Receiver(CaptureConfig())

@@ -153,6 +153,7 @@ class DeviceCapture:
                 table=table,
                 slots=found.slot_mapping,
                 prompts=self.rows.prompts[:n_requests],
+                responses=self.rows.responses[:n_requests],
             ),
             self._shares[position],
             self.store.stats[:, position],

@@ -62,23 +62,25 @@ def check_device_engine(vllm_config: Any, runner: Any) -> None:
         refuse("this engine finds the scales of its FP8 cache as it runs (calculate_kv_scales)")
 
 
-def device_problem(kv_cache_config: Any, config: CaptureConfig) -> Callable[[TracedLayer], Any]:
+def device_problem(
+    kv_cache_config: Any, config: CaptureConfig
+) -> Callable[[str, Any, int], str | None]:
     """Why a layer cannot be read by the kernel, or None: for `support.find_layers`."""
     from vllm.v1.kv_cache_interface import FullAttentionSpec
 
-    def problem(layer: TracedLayer) -> str | None:
-        module, impl = layer.module, layer.module.impl
-        spec = kv_cache_config.kv_cache_groups[layer.group].kv_cache_spec
-        spec = getattr(spec, "kv_cache_specs", {}).get(layer.name, spec)
+    def problem(name: str, module: Any, group: int) -> str | None:
+        impl, backend = module.impl, str(module.attn_backend.get_name())
+        spec = kv_cache_config.kv_cache_groups[group].kv_cache_spec
+        spec = getattr(spec, "kv_cache_specs", {}).get(name, spec)
         cache_dtype = module.kv_cache_dtype
-        if layer.backend not in BACKENDS:
+        if backend not in BACKENDS:
             return (
-                f"uses the attention backend {layer.backend}, and only {', '.join(BACKENDS[:3])} "
+                f"uses the attention backend {backend}, and only {', '.join(BACKENDS[:3])} "
                 f"are supported on GPUs"
             )
         if cache_dtype not in PLAIN_CACHES and cache_dtype not in FP8_CACHES:
             return f"has a quantised KV cache ({cache_dtype}), which cannot be read"
-        if cache_dtype in FP8_CACHES and layer.backend == "CPU_ATTN":
+        if cache_dtype in FP8_CACHES and backend == "CPU_ATTN":
             return f"has a quantised KV cache ({cache_dtype}), which cannot be read"
         if cache_dtype == "fp8" and platform_fp8() not in FP8_CACHES.values():
             return f"has an FP8 cache in the format {platform_fp8()}, which is not supported"

@@ -28,7 +28,9 @@ HOST_BUFFERS = 4
 
 
 class StepRows:
-    """Prompt length, owner and written slot of each request of a step, in batch order; [R] int32.
+    """Prompt length, response start, owner and written slot of each request of a step, in batch
+    order; [R] int32. The start is the prompt length P, or less where a request goes on with a
+    response: its rows begin at P - 1 all the same.
 
     `prompts` is -1 for a request that did not ask and for padding, and the kernels leave it alone.
     The kernel of the last traced layer notes in `slots` where it wrote a row; that it stays -1
@@ -37,7 +39,7 @@ class StepRows:
 
     def __init__(self, max_requests: int, device: torch.device | str) -> None:
         pinned = torch.device(device).type == "cuda"
-        host = [torch.full((3, max_requests), -1, dtype=torch.int32) for _ in range(HOST_BUFFERS)]
+        host = [torch.full((4, max_requests), -1, dtype=torch.int32) for _ in range(HOST_BUFFERS)]
         self._host = cycle((h.pin_memory() if pinned else h, _Moment(pinned)) for h in host)
         self._rows = host[0].to(device)
         self._clear = True
@@ -48,15 +50,20 @@ class StepRows:
         return self._rows[0]
 
     @property
-    def owners(self) -> torch.Tensor:
+    def responses(self) -> torch.Tensor:
         return self._rows[1]
 
     @property
-    def slots(self) -> torch.Tensor:
+    def owners(self) -> torch.Tensor:
         return self._rows[2]
 
-    def fill(self, prompts: np.ndarray, owners: np.ndarray) -> None:
-        """The requests of the next step: prompt lengths, -1 for one that did not ask; owners."""
+    @property
+    def slots(self) -> torch.Tensor:
+        return self._rows[3]
+
+    def fill(self, prompts: np.ndarray, responses: np.ndarray, owners: np.ndarray) -> None:
+        """The requests of the next step: prompt lengths, -1 for one that did not ask; where their
+        responses begin; owners."""
         self.n_requests = len(prompts)
         asked = bool((prompts >= 0).any())
         if not asked and self._clear:
@@ -64,8 +71,8 @@ class StepRows:
         host, copied = next(self._host)
         copied.wait()
         host.fill_(-1)
-        host[0, : len(prompts)] = torch.from_numpy(prompts)
-        host[1, : len(owners)] = torch.from_numpy(owners)
+        for row, values in zip(host, (prompts, responses, owners), strict=False):
+            row[: len(values)] = torch.from_numpy(values)
         self._rows.copy_(host, non_blocking=True)
         copied.record()
         self._clear = not asked
@@ -73,7 +80,7 @@ class StepRows:
     def clear(self) -> None:
         """No rows in the next step: a dummy batch, a warm-up, a capture of graphs."""
         nobody = np.empty(0, np.int32)
-        self.fill(nobody, nobody)
+        self.fill(nobody, nobody, nobody)
 
 
 class _Moment:

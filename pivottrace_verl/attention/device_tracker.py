@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from pivottrace_verl.attention.config import EXTRA_ARGS_NAME
 from pivottrace_verl.attention.device_store import DeviceStore, Reading
 from pivottrace_verl.attention.store import NOBODY, SendTrace, key_of
 
@@ -34,6 +35,9 @@ class TracedRequest:
     key: str
     owner: int
     prompt_length: int
+    response_start: int
+    """Position of the rollout's first generated token: `prompt_length`, or less where this request
+    goes on with a rollout that an earlier one began."""
     blocks: list[int]
     """Its blocks in the traced layers' KV cache group, in the scheduler's block size."""
     computed: int = 0
@@ -107,11 +111,13 @@ class DeviceTracker:
         while self._leaving:
             self._deliver(self._leaving.popleft())
 
-    def rows_of(self, req_ids: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(prompt length, owner) of each request of a batch, -1 and NOBODY if it did not ask."""
+    def rows_of(self, req_ids: Iterable[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(prompt length, response start, owner) of each request of a batch; -1, -1 and NOBODY of
+        one that did not ask."""
         found = [self.requests.get(req_id) for req_id in req_ids]
         prompts = np.array([r.prompt_length if r else -1 for r in found], np.int32)
-        return prompts, np.array([r.owner if r else NOBODY for r in found], np.int32)
+        starts = np.array([r.response_start if r else -1 for r in found], np.int32)
+        return prompts, starts, np.array([r.owner if r else NOBODY for r in found], np.int32)
 
     def _start(self, new: Any) -> None:
         known = self.requests.get(new.req_id)
@@ -132,7 +138,10 @@ class DeviceTracker:
             )
             self.requests.pop(new.req_id, None)
             return
-        request = TracedRequest(key, self._next_owner, len(new.prompt_token_ids), [])
+        length = len(new.prompt_token_ids)
+        asked = new.sampling_params.extra_args[EXTRA_ARGS_NAME]
+        start = min(asked.get("prompt_tokens", length), length)
+        request = TracedRequest(key, self._next_owner, length, start, [])
         self.requests[new.req_id] = request
         self._resume(request, new.block_ids, new.num_computed_tokens)
         self._next_owner = self._next_owner % (2**31 - 1) + 1

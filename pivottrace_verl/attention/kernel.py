@@ -45,7 +45,10 @@ class Batch:
     slots: torch.Tensor
     """[tokens] KV slot of each token."""
     prompts: torch.Tensor
-    """[R] prompt length P of each request, -1 for one that did not ask."""
+    """[R] prompt length P of each request, -1 for one that did not ask: its rows begin at P - 1."""
+    responses: torch.Tensor
+    """[R] position where each request's response begins: P, or less where the prompt holds the
+    beginning of a response."""
 
 
 def group_shares(groups: Sequence[Sequence[int]], n_heads: int) -> torch.Tensor:
@@ -129,7 +132,7 @@ class RowKernel:
         rows = (batch.starts, batch.lengths)
         walk[(n_rows, kv_heads, self._splits)](
             query, keys.view, self._state, *rows, batch.table, batch.slots, batch.prompts,
-            shares if keys.scale is None else keys.scale,
+            batch.responses, shares if keys.scale is None else keys.scale,
             shares if query_scale is None else query_scale, shares,
             rule.scale, rule.soft_cap, *query.stride(),
             *keys.view.stride(), batch.table.stride(0),

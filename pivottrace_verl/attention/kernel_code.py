@@ -40,7 +40,7 @@ NO_SHARE = tl.constexpr(TINY)
 
 @triton.jit
 def _row_of(starts, lengths, slots, prompts, row, ROWS: tl.constexpr):
-    """Row `row` of the grid: its request, token, position, prompt length, slot, and if it counts.
+    """Row `row` of the grid: its request, token, position, slot, and if it counts.
 
     A request's rows are its last ROWS tokens of this step, newest first."""
     request = row // ROWS
@@ -52,12 +52,13 @@ def _row_of(starts, lengths, slots, prompts, row, ROWS: tl.constexpr):
     there = (length > 0) & (token >= tl.load(starts + request))
     slot = tl.load(slots + token, mask=there, other=-1)
     counts = there & (slot >= 0) & (prompt >= 0) & (position >= prompt - 1)
-    return request, token, position, prompt, slot, counts
+    return request, token, position, slot, counts
 
 
 @triton.jit
-def _weights(key, distance, prompt, window, sink):
-    """[TILE, COLUMNS]: what each key's probability counts for in each column of the state."""
+def _weights(key, distance, start, window, sink):
+    """[TILE, COLUMNS]: what each key's probability counts for in each column of the state; the
+    response's keys begin at `start`."""
     column = tl.arange(0, COLUMNS)[None, :]
     bucket = column - BUCKET
     low = tl.where(bucket > 0, 1 << tl.maximum(bucket - 1, 0), 0)
@@ -66,7 +67,7 @@ def _weights(key, distance, prompt, window, sink):
     clipped = tl.minimum(distance, window).to(tl.float32)
     far = (distance >= window).to(tl.float32)
     past_sink = (key >= sink).to(tl.float32)
-    response = (key >= prompt).to(tl.float32)
+    response = (key >= start).to(tl.float32)
     weight = tl.where((bucket >= 0) & (bucket < BUCKETS) & inside, 1.0, 0.0)
     weight = tl.where(column == SINK_MASS, 1.0 - past_sink, weight)
     weight = tl.where(column == PROMPT_MASS, 1.0 - response, weight)
@@ -104,7 +105,8 @@ def _in_a_group(shares, head, there, HEADS: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def walk(
-    query, keys, state, starts, lengths, table, slots, prompts, key_scale, query_scale, shares,
+    query, keys, state, starts, lengths, table, slots, prompts, responses, key_scale, query_scale,
+    shares,
     scale, soft_cap, query_token, query_head, query_size,
     keys_block, keys_token, keys_head, keys_size, table_row,
     block_size, window, sink, sliding_window,
@@ -115,13 +117,12 @@ def walk(
 ):  # fmt: skip
     """State of one (row, KV head, split): [HEADS, COLUMNS], HEADS query heads of the KV head."""
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    request, token, position, prompt, _slot, counts = _row_of(
-        starts, lengths, slots, prompts, row, ROWS
-    )
+    request, token, position, _slot, counts = _row_of(starts, lengths, slots, prompts, row, ROWS)
     head = tl.arange(0, HEADS_PADDED)
     wanted = _in_a_group(shares, kv_head * HEADS + head, head < HEADS, HEADS * KV_HEADS, GROUPS)
     if not (counts & (tl.sum(wanted.to(tl.int32)) > 0)):
         return
+    response = tl.load(responses + request)
     size = tl.arange(0, SIZE_PADDED)
     column = tl.arange(0, COLUMNS)[None, :]
     q = tl.load(
@@ -175,7 +176,7 @@ def walk(
         weight = tl.where(seen[None, :], tl.exp(below), 0.0)
         score_sum += tl.sum(weight * below, axis=1)
         distance = position - key
-        counted = _weights(key[:, None], distance[:, None], prompt, window, sink)
+        counted = _weights(key[:, None], distance[:, None], response, window, sink)
         sums = sums * factor[:, None] + tl.dot(weight, counted, input_precision="ieee")
         top = new_top
     sums = tl.where(column == ENTROPY, score_sum[:, None], sums)
@@ -194,9 +195,7 @@ def merge(
     """Features of one row: splits merged, head groups averaged, written at the row's slot; TELLS:
     `written[row]` says where."""
     row = tl.program_id(0)
-    _request, _token, _position, _prompt, slot, counts = _row_of(
-        starts, lengths, slots, prompts, row, ROWS
-    )
+    _request, _token, _position, slot, counts = _row_of(starts, lengths, slots, prompts, row, ROWS)
     if not counts:
         return
     if TELLS:

@@ -78,10 +78,10 @@ def find_layers(
     vllm_config: Any,
     kv_cache_config: Any,
     config: CaptureConfig,
-    problem: Callable[[TracedLayer], str | None] | None = None,
+    problem: Callable[[str, Any, int], str | None] | None = None,
 ) -> list[TracedLayer]:
-    """The layers to trace; refuses where one of them cannot be read, which `problem` says (None:
-    the CPU backend's layers can)."""
+    """The layers to trace; refuses where one of them cannot be read, which `problem` says of a
+    layer's name, module and KV cache group (None: what the CPU backend can read)."""
     from vllm.model_executor.layers.attention import Attention
 
     context = vllm_config.compilation_config.static_forward_context
@@ -101,7 +101,10 @@ def find_layers(
     if not found:
         kinds = "; ".join(others[:3]) or "none"
         refuse(f"the model has no plain attention layer that can be read (it has {kinds})")
-    problems = {index: (problem or _problem)(layer) for index, layer in found.items()}
+    problems = {
+        index: problem(layer.name, layer.module, layer.group) if problem else _problem(layer)
+        for index, layer in found.items()
+    }
     readable = sorted(index for index, problem in problems.items() if problem is None)
     if config.layers is not None or not readable:
         for index in config.layers or sorted(found)[:1]:

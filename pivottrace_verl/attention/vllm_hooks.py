@@ -2,7 +2,8 @@
 
 `install` (from the `vllm.general_plugins` entry point, in every process of vLLM) wraps one class
 method, `WorkerWrapperBase.initialize_from_config`. When a worker has its KV cache, and the
-environment asks for capture, `Capture` wraps instance attributes of that worker only:
+environment asks for capture, instance attributes of that worker only are wrapped, by
+`device_capture.DeviceCapture` on a GPU, and on a CPU by `Capture`:
 
 - `model_runner.execute_model`: the tracker sees each SchedulerOutput before the runner acts on it;
 - `impl.forward` of each traced attention layer: after the original, the rows of the queries that

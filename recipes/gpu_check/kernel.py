@@ -54,6 +54,7 @@ def case(
         table=table,
         slots=torch.cat([slots, torch.tensor([-1])]),
         prompts=prompts,
+        responses=prompts,
     )
     query = torch.randn(len(lengths) + 1, heads, size, generator=g)
     of_keys = getattr(torch, dtype)

@@ -19,7 +19,7 @@ POINTERS = {
     "query": "*bf16",
     "slots": "*i64",
     **dict.fromkeys(("key_scale", "query_scale", "state", "out", "sinks", "shares"), "*fp32"),
-    **dict.fromkeys(("starts", "lengths", "table", "prompts", "written"), "*i32"),
+    **dict.fromkeys(("starts", "lengths", "table", "prompts", "responses", "written"), "*i32"),
     **dict.fromkeys(("scale", "soft_cap"), "fp32"),
 }
 CASES = {  # compute capability, keys

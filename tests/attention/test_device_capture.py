@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from pivottrace_verl.attention.config import CaptureConfig
 from pivottrace_verl.attention.keys import StridedKeys
@@ -255,6 +256,50 @@ def test_a_replayed_graph_writes_the_rows_of_the_batch_it_is_replayed_on(cache, 
         )
     # Nothing was written for the request that did not ask, nor for padding.
     assert int((capture.store.owner != 0).sum()) == 7
+
+
+class Operations(TorchDispatchMode):
+    """Notes what torch is asked to do."""
+
+    def __init__(self):
+        super().__init__()
+        self.made, self.views = [], []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aliases = [value.alias_info for value in func._schema.returns]
+        is_view = bool(aliases) and all(alias and not alias.is_write for alias in aliases)
+        (self.views if is_view else self.made).append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class Nothing:
+    """A kernel that is not launched: Triton's interpreter works with torch itself."""
+
+    def __getitem__(self, grid):
+        return lambda *args, **constants: None
+
+
+@pytest.mark.parametrize("cache", CACHES)
+def test_the_hooks_allocate_nothing_compute_nothing_and_wait_for_nothing(cache, monkeypatch):
+    layers = [make_layer(i, cache) for i in range(2)]
+    capture, runner, _ = make_capture(layers)
+    capture.wrap()
+    for name in ("walk", "merge", "choices"):
+        monkeypatch.setattr(kernel, name, Nothing())
+    buffers = Buffers(MAX_REQUESTS)
+    buffers.decode([(20, [3, 1])], torch.Generator().manual_seed(0))
+    metadata = SimpleNamespace(
+        query_start_loc=buffers.query_start_loc, seq_lens=buffers.seq_lens,
+        block_table=buffers.block_table, slot_mapping=buffers.slot_mapping,
+    )  # fmt: skip
+    runner.execute_model(scheduled([("a", 20, [3, 1], True)]))
+    runner._prepare_inputs(["a"])
+    logits = torch.zeros(1, WORDS)
+    with Operations() as operations:
+        forward(capture, buffers, metadata)
+        runner.model.compute_logits(logits)
+    assert operations.made == []
+    assert operations.views
 
 
 def dense(layers, buffers, request, length, prompt, cache):

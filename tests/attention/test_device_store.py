@@ -23,11 +23,12 @@ def test_a_step_fills_its_rows_in_place_and_padding_and_the_step_before_are_gone
     rows = StepRows(4, "cpu")
     prompts, owners, slots = rows.prompts, rows.owners, rows.slots
     for _ in range(2 * HOST_BUFFERS):
-        rows.fill(integers(5, -1, 7), integers(1, NOBODY, 2))
+        rows.fill(integers(5, -1, 7), integers(5, -1, 4), integers(1, NOBODY, 2))
         assert prompts.tolist() == [5, -1, 7, -1]
+        assert rows.responses.tolist() == [5, -1, 4, -1]
         assert owners.tolist() == [1, NOBODY, 2, -1]
         slots.fill_(9)  # as the kernels do
-        rows.fill(integers(3), integers(4))
+        rows.fill(integers(3), integers(3), integers(4))
         assert (prompts.tolist(), rows.n_requests) == ([3, -1, -1, -1], 1)
         assert slots.tolist() == [-1] * 4
     rows.clear()
@@ -37,7 +38,7 @@ def test_a_step_fills_its_rows_in_place_and_padding_and_the_step_before_are_gone
 def test_a_step_of_which_nobody_asked_copies_nothing_but_knows_its_size():
     rows = StepRows(4, "cpu")
     rows.prompts.fill_(8)  # would be gone if something were copied
-    rows.fill(integers(-1, -1), integers(NOBODY, NOBODY))
+    rows.fill(integers(-1, -1), integers(-1, -1), integers(NOBODY, NOBODY))
     assert rows.prompts.tolist() == [8] * 4
     assert rows.n_requests == 2
 
@@ -157,7 +158,7 @@ class Engine:
 
     def forward(self, scheduled):
         """The kernels write the row of each request's last token, if it is P - 1 or later."""
-        prompts, owners = self.tracker.rows_of(scheduled)
+        prompts, _, owners = self.tracker.rows_of(scheduled)
         for (req_id, n), prompt, owner in zip(scheduled.items(), prompts, owners, strict=True):
             q = self.running[req_id]
             q.computed += n
@@ -280,6 +281,18 @@ def test_a_request_aborted_while_it_waits_to_resume_keeps_what_was_read(again):
     engine.step()
     assert engine.sent == {"a": (rows_wanted(1, 3, 3), 0)}
     assert engine.tracker.preemptions == 1
+
+
+def test_a_request_that_goes_on_with_a_rollout_has_rows_of_its_own_tokens_and_its_response_start():
+    engine = Engine()
+    engine.add("a", prompt=9, n_tokens=2)
+    engine.running["a"].params.extra_args["pivottrace"]["prompt_tokens"] = 5
+    engine.step(budget=9)
+    prompts, responses, _ = engine.tracker.rows_of(["a"])
+    assert (prompts.tolist(), responses.tolist()) == ([9], [5])
+    while engine.running:
+        engine.step()
+    assert engine.sent["a"] == (rows_wanted(1, 9, 2), 0)
 
 
 def test_requests_that_are_extended_while_they_run_are_not_traced(caplog):

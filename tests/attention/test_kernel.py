@@ -84,6 +84,11 @@ class Case:
             table,
             torch.tensor(slots + [-1] * padding_tokens, dtype=torch.int64),
             torch.tensor([q[2] for q in requests] + [-1] * padding, dtype=torch.int32),
+            # Some go on with a response that the prompt begins.
+            torch.tensor(
+                [max(0, q[2] - 3 * (r % 2)) for r, q in enumerate(requests)] + [-1] * padding,
+                dtype=torch.int32,
+            ),
         )
         self.requests, self.block_size = requests, block_size
 
@@ -105,7 +110,7 @@ def expected(case, query, keys, rule, config, groups, rows_per_request=1, slidin
     plan = plan_rows(
         case.batch.table[requests],
         positions,
-        case.batch.prompts[requests],
+        case.batch.responses[requests],
         case.block_size,
         config,
         sliding_window,
