@@ -118,11 +118,11 @@ def walk(
     """State of one (row, KV head, split): [HEADS, COLUMNS], HEADS query heads of the KV head."""
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     request, token, position, _slot, counts = _row_of(starts, lengths, slots, prompts, row, ROWS)
+    response = tl.load(responses + request)
     head = tl.arange(0, HEADS_PADDED)
     wanted = _in_a_group(shares, kv_head * HEADS + head, head < HEADS, HEADS * KV_HEADS, GROUPS)
     if not (counts & (tl.sum(wanted.to(tl.int32)) > 0)):
         return
-    response = tl.load(responses + request)
     size = tl.arange(0, SIZE_PADDED)
     column = tl.arange(0, COLUMNS)[None, :]
     q = tl.load(
@@ -181,7 +181,9 @@ def walk(
         top = new_top
     sums = tl.where(column == ENTROPY, score_sum[:, None], sums)
     sums = tl.where(column == TOP, top[:, None], sums)
-    at = (row.to(tl.int64) * SPLITS + split) * (HEADS * KV_HEADS) + kv_head * HEADS + head
+    # The place in the grid is asked for again: kept until here it would spill registers.
+    at = (tl.program_id(0).to(tl.int64) * SPLITS + tl.program_id(2)) * (HEADS * KV_HEADS)
+    at += tl.program_id(1) * HEADS + head
     tl.store(state + at[:, None] * COLUMNS + column, sums, mask=head[:, None] < HEADS)
 
 
