@@ -39,27 +39,15 @@ class StepRows:
 
     def __init__(self, max_requests: int, device: torch.device | str) -> None:
         pinned = torch.device(device).type == "cuda"
-        host = [torch.full((4, max_requests), -1, dtype=torch.int32) for _ in range(HOST_BUFFERS)]
-        self._host = cycle((h.pin_memory() if pinned else h, _Moment(pinned)) for h in host)
-        self._rows = host[0].to(device)
+        shape = (4, max_requests)
+        host = [
+            torch.empty(shape, dtype=torch.int32, pin_memory=pinned) for _ in range(HOST_BUFFERS)
+        ]
+        self._host = cycle([(buffer, _Moment(pinned)) for buffer in host])
+        self._rows = torch.full(shape, -1, dtype=torch.int32, device=device)
+        self.prompts, self.responses, self.owners, self.slots = self._rows
         self._clear = True
         self.n_requests = 0
-
-    @property
-    def prompts(self) -> torch.Tensor:
-        return self._rows[0]
-
-    @property
-    def responses(self) -> torch.Tensor:
-        return self._rows[1]
-
-    @property
-    def owners(self) -> torch.Tensor:
-        return self._rows[2]
-
-    @property
-    def slots(self) -> torch.Tensor:
-        return self._rows[3]
 
     def fill(self, prompts: np.ndarray, responses: np.ndarray, owners: np.ndarray) -> None:
         """The requests of the next step: prompt lengths, -1 for one that did not ask; where their
