@@ -179,6 +179,7 @@ def prove_layout(layer: TracedLayer, dtype: torch.dtype) -> str:
     )
 
 
+@torch.inference_mode()
 def _reads_back(layer: TracedLayer, layout: str, dtype: torch.dtype) -> bool:
     """True when keys that the engine's own code wrote are found at their slots."""
     module, keys = layer.module, layer_keys(layer, layout)
