@@ -62,6 +62,9 @@ def find_device_layers(
 class DeviceCapture:
     """Capture in one worker, by kernels.
 
+    `groups` are each layer's head groups in the numbers of the heads that this worker has, all of
+    which may be elsewhere.
+
     Nothing in `launch` and `choose` depends on what the device holds, waits for it or allocates.
     """
 
@@ -70,22 +73,21 @@ class DeviceCapture:
         runner: Any,
         kv_cache_config: Any,
         layers: list[TracedLayer],
+        groups: list[tuple[tuple[int, ...], ...]],
         config: CaptureConfig,
         sender: Sender,
     ) -> None:
         self.runner = runner
         self.layers = layers
         self.config = config
-        self.groups = [
-            config.choose_heads(layer.n_heads, position) for position, layer in enumerate(layers)
-        ]
+        self.groups = groups
         device, dtype = runner.device, runner.model_config.dtype
         self.layouts = [prove_layout(layer, dtype) for layer in layers]
         impls = [layer.module.impl for layer in layers]
         self._rules = [score_rule(impl) for impl in impls]
         self._windows = [sliding_window(impl) for impl in impls]
-        n_heads, n_groups = layers[0].n_heads, len(self.groups[0])
-        self._shares = [group_shares(groups, n_heads).to(device) for groups in self.groups]
+        n_heads, n_groups = layers[0].n_heads, len(groups[0])
+        self._shares = [group_shares(each, n_heads).to(device) for each in groups]
         self._kernel = RowKernel(config, n_heads, runner.max_num_reqs, device)
         self._block_size = kv_cache_config.kv_cache_groups[layers[0].group].kv_cache_spec.block_size
         n_slots = kv_cache_config.num_blocks * self._block_size

@@ -53,10 +53,10 @@ class Batch:
 
 def group_shares(groups: Sequence[Sequence[int]], n_heads: int) -> torch.Tensor:
     """[G, H]: what each head's features count for in the mean of each group
-    (`CaptureConfig.choose_heads`)."""
+    (`CaptureConfig.choose_heads`); a group without heads here gets zeros."""
     shares = torch.zeros(len(groups), n_heads)
     for share, group in zip(shares, groups, strict=True):
-        share[list(group)] = 1 / len(group)
+        share[list(group)] = 1 / max(1, len(group))
     return shares
 
 

@@ -130,7 +130,8 @@ def attach(wrapper: Any, kv_cache_config: Any) -> "Capture | DeviceCapture":
         kind = Capture
         layers = find_layers(wrapper.vllm_config, kv_cache_config, config)
     sender = Sender(os.environ[ENV_ENDPOINT], os.environ[ENV_TOKEN], config.wire)
-    capture = kind(runner, kv_cache_config, layers, config, sender)
+    groups = [config.choose_heads(layer.n_heads, place) for place, layer in enumerate(layers)]
+    capture = kind(runner, kv_cache_config, layers, groups, config, sender)
     capture.wrap()
     _captures.add(capture)
     info = capture.describe()
@@ -161,6 +162,7 @@ class Capture:
         runner: Any,
         kv_cache_config: Any,
         layers: list[TracedLayer],
+        groups: list[tuple[tuple[int, ...], ...]],
         config: CaptureConfig,
         sender: Sender,
     ) -> None:
@@ -168,12 +170,9 @@ class Capture:
         self.layers = layers
         self.layouts = [key_layout(layer) for layer in layers]
         self.config = config
-        self.groups = [
-            config.choose_heads(layer.n_heads, position) for position, layer in enumerate(layers)
-        ]
+        self.groups = groups
         self._heads = [
-            needed_heads(groups, layer.n_heads)
-            for groups, layer in zip(self.groups, layers, strict=True)
+            needed_heads(each, layer.n_heads) for each, layer in zip(groups, layers, strict=True)
         ]
         impls = [layer.module.impl for layer in layers]
         self._rules = [ScoreRule(impl.scale, impl.logits_soft_cap) for impl in impls]

@@ -136,13 +136,15 @@ class Runner:
         run()
 
 
-def make_capture(layers, config=CONFIG):
+def make_capture(layers, config=CONFIG, groups=None):
     runner, sent = Runner(), []
     spec = SimpleNamespace(block_size=BLOCK)
-    groups = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)])
-    groups.num_blocks = N_BLOCKS
+    cache = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)])
+    cache.num_blocks = N_BLOCKS
+    if groups is None:
+        groups = [config.choose_heads(HEADS, place) for place in range(len(layers))]
     sender = SimpleNamespace(trace=lambda *trace: sent.append(trace))
-    capture = DeviceCapture(runner, groups, layers, config, sender)
+    capture = DeviceCapture(runner, cache, layers, groups, config, sender)
     return capture, runner, sent
 
 
@@ -388,6 +390,30 @@ def test_metadata_without_a_block_table_is_read_through_what_it_was_made_of():
     forward(capture, buffers, metadata)
     assert capture.rows.slots.tolist() == [int(buffers.slot_mapping[0]), -1, -1, -1]
     assert not hasattr(other.build(0, common), _COMMON)
+
+
+def test_groups_whose_heads_are_elsewhere_are_zeros_and_the_rows_are_there_all_the_same():
+    layers = [make_layer(0), make_layer(1)]
+    g = torch.Generator().manual_seed(0)
+    for layer in layers:
+        layer.module.kv_cache.copy_(torch.randn(layer.module.kv_cache.shape, generator=g))
+    config = CaptureConfig(layers=(0, 1))
+    some, _, _ = make_capture(layers, config, [((0, 1), ()), ((), ())])
+    some.wrap()
+    some.runner.execute_model(scheduled([("a", 20, [3, 1], True)]))
+    some.runner._prepare_inputs(["a"])
+    buffers = Buffers(MAX_REQUESTS)
+    buffers.decode([(20, [3, 1])], g)
+    metadata = SimpleNamespace(
+        query_start_loc=buffers.query_start_loc, seq_lens=buffers.seq_lens,
+        block_table=buffers.block_table, slot_mapping=buffers.slot_mapping,
+    )  # fmt: skip
+    forward(some, buffers, metadata)
+    slot = int(buffers.slot_mapping[0])
+    assert some.rows.slots.tolist() == [slot, -1, -1, -1]
+    row = some.store.stats[slot]
+    assert float(row[0, 0].abs().sum()) > 0
+    assert float(row[0, 1].abs().sum()) == float(row[1].abs().sum()) == 0
 
 
 def test_a_runner_that_returns_its_batch_is_followed_and_its_dummy_runs_are_not():
