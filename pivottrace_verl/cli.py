@@ -26,6 +26,7 @@ from pivottrace_verl.cli_estimators import estimators
 from pivottrace_verl.cli_triage import export, probe, triage
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.pool import RunDir
+from pivottrace_verl.score_columns import traced_rollouts
 
 app = typer.Typer(
     help="Label-efficient RLVR for verl: which unlabelled prompts deserve a label?",
@@ -126,8 +127,7 @@ def score(
             score_pool(opened_run, config, capture, detector, bar.update)
         opened_run.update_manifest(timings=timings)
         table = opened_run.scores()
-        traced = sum(r["traced"] for row in table["rollouts"].to_pylist() for r in row)
-        total = sum(table["n_rollouts"].to_pylist())
+        traced, total = traced_rollouts(table)
         tau = opened_run.manifest["detector"]["tau"]
     ui.say(
         f"{table.num_rows} prompts scored; {traced} of {total} rollouts traced, "
@@ -135,6 +135,12 @@ def score(
         f"{sum(table['timed_out'].to_pylist())} timed out, "
         f"{sum(table['truncated'].to_pylist())} rollouts truncated."
     )
+    if traced < total:
+        complain(
+            f"{total - traced} rollouts have no attention trace: it was lost or late, and no pivot "
+            "statistic counts them.",
+            "warning",
+        )
     if tau == 0.0:
         complain(
             f"tau is 0: attention on tokens {window} or more back hardly ever changes, so pivots "

@@ -56,6 +56,12 @@ def numbers(table: pa.Table, name: str) -> Floats:
     return np.array(column.to_numpy(), dtype=np.float64)
 
 
+def traced_rollouts(table: pa.Table) -> tuple[int, int]:
+    """How many rollouts have an attention trace, and how many there are."""
+    rollouts = [one for row in table.column("rollouts").to_pylist() for one in row]
+    return sum(one["traced"] for one in rollouts), len(rollouts)
+
+
 def estimator_values(table: pa.Table, estimator: str) -> Floats:
     """[P] raw values. PivotTraceError if the scores do not have the estimator, or no value of it:
     ranks would be those of the ids."""

@@ -1,7 +1,8 @@
 """Row statistics of attention for every generated token, captured while vLLM generates.
 
-`config` what to capture, `channel` how traces travel from the engine to its owner, `vllm_hooks`
-what is wrapped inside vLLM, `support` what is refused, `keys` how vLLM's cache is read, `store`
+`config` what to capture, `channel` how traces travel from the engine to its owner (`sender` its
+other end, `wire` the messages), `parts` traces of engines with several workers, `vllm_hooks` what
+is wrapped inside vLLM, `support` what is refused, `keys` how vLLM's cache is read, `store`
 where rows wait for their request to finish, `reference` the mathematics in torch, `replay` the same
 statistics from a Hugging Face model, `heads` which layers and heads are worth capturing, `selftest`
 the proof that capture and replay agree on this machine.

@@ -1,29 +1,28 @@
-"""How traces travel from an engine's worker to the process that owns the engine.
+"""How traces travel from an engine's workers to the process that owns the engine.
 
-A ZeroMQ PUSH/PULL pair on this machine: the receiver binds an IPC socket in a directory only its
-user may enter (loopback TCP where the path would be too long), and every message carries the
-random token of its engine. A message is a msgpack header and raw little-endian numbers; nothing
-is unpickled. A trace that is lost, late or incomplete is counted and reported as None.
+A ZeroMQ PUSH/PULL pair on this machine (`sender` is the other end, `wire` the messages): the
+receiver binds an IPC socket in a directory only its user may enter (loopback TCP where the path
+would be too long), and every message carries the random token of its engine. A trace that is lost,
+late or incomplete is counted and reported as None. Where an engine has several workers each sends
+its part of a trace (`parts`), and the parts are joined when the last one is there.
 
-Axes: T generated tokens, L traced layers, H head groups, F features, K `TOKEN_STATISTICS`.
+Axes: T generated tokens, L traced layers, H head groups, F features.
 """
 
 import asyncio
 import hmac
 import logging
-import math
 import os
 import secrets
 import shutil
 import tempfile
 import threading
-import time
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as FutureTimeout
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -34,15 +33,13 @@ from pivottrace_verl.attention.config import (
     ENV_CAPTURE,
     ENV_ENDPOINT,
     ENV_TOKEN,
-    TOKEN_STATISTICS,
-    WIRE_DTYPES,
     CaptureConfig,
 )
+from pivottrace_verl.attention.parts import merge
+from pivottrace_verl.attention.wire import QUEUE, Arrived, decode, decode_rows
 
 logger = logging.getLogger(__name__)
 
-QUEUE = 8192
-"""Messages a socket holds before the sender drops."""
 MAX_MESSAGE_BYTES = 1 << 30
 MAX_GIVEN_UP = 65536
 MAX_IPC_PATH = 100
@@ -70,58 +67,94 @@ class Trace:
             self.self_certainty[:n_tokens],
         )
 
+    @staticmethod
+    def join(parts: Sequence["Trace | None"]) -> "Trace | None":
+        """One rollout generated in several requests, each continuing the one before on prompt and
+        tokens so far: the parts' rows in order, under the first part's key. None if a part is
+        missing: a trace has a row for every token or is none.
 
-class Header(msgspec.Struct, forbid_unknown_fields=True):
-    """First frame of every message."""
+        Raises ValueError for no parts, or parts of different layers, groups or features.
+        """
+        whole = [part for part in parts if part is not None]
+        if len(whole) < len(parts):
+            return None
+        shapes = {part.stats.shape[1:] for part in whole}
+        if len(shapes) != 1:
+            raise ValueError(
+                f"The parts of one trace must be captured alike, not as {sorted(shapes)}."
+            )
+        return Trace(
+            whole[0].key,
+            np.concatenate([part.stats for part in whole]),
+            np.concatenate([part.token_entropy for part in whole]),
+            np.concatenate([part.self_certainty for part in whole]),
+        )
 
-    token: str
-    kind: str
-    key: str = ""
-    shape: tuple[int, ...] = ()
-    wire: str = "float32"
-    missing_rows: int = 0
-    lost: int = 0
-    info: dict[str, Any] = {}
 
+@dataclass
+class _Pending:
+    """What has arrived of one trace, by part."""
 
-@dataclass(frozen=True)
-class _Arrived:
-    trace: Trace
-    missing_rows: int
+    parts: dict[int, Arrived] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        return all(len(self.parts) == part.of for part in self.parts.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(part.nbytes for part in self.parts.values())
+
+    @property
+    def missing_rows(self) -> int:
+        return max(part.missing_rows for part in self.parts.values())
+
+    def to_trace(self, key: str) -> Trace:
+        """Raises ValueError where the parts do not make one trace."""
+        (stats, tokens), *more = ((part.stats, part.tokens) for part in self.parts.values())
+        if more:
+            stats, tokens = merge(
+                [(a.part, a.stats, a.tokens) for a in self.parts.values() if a.part is not None]
+            )
+        return Trace(key, stats, *tokens.T)
 
 
 class Receiver:
-    """Owner's end of the channel. Start it before the engine; one receiver per engine.
+    """Owner's end of the channel. Start it before the engine; one receiver per engine, whose data
+    parallel replicas share it.
 
     Traces that nobody has collected yet are held up to `max_bytes`; beyond that the oldest go and
-    are counted as dropped.
+    are counted as dropped. A key is one request's: once its trace was given up, whatever arrives
+    under it is late, and never taken for that of another request.
     """
 
     def __init__(self, config: CaptureConfig, max_bytes: int = 1 << 30) -> None:
         self.config = config
         self.engine: dict[str, Any] | None = None
-        """What the worker said when it started: backend, isa, layers, head_groups, block_size."""
+        """What the workers said when they started: backend, isa, layers, head_groups, ..."""
         self._max_bytes = max_bytes
         self._held_bytes = 0
-        self._held: OrderedDict[str, _Arrived] = OrderedDict()
-        self._waiting: dict[str, Future[_Arrived]] = {}
-        self._given_up: OrderedDict[str, None] = OrderedDict()
-        self._counts = dict.fromkeys(
-            ("received", "rejected", "dropped", "late", "missing", "lost"), 0
-        )
+        self._held: OrderedDict[str, _Pending] = OrderedDict()
+        self._waiting: dict[str, Future[_Pending]] = {}
+        self._given_up: OrderedDict[str, bool] = OrderedDict()
+        """Keys, and whether what comes after all is counted already."""
+        self._counts = dict.fromkeys(("received", "rejected", "dropped", "late", "missing"), 0)
+        self._lost: dict[str, int] = {}
+        self._workers: dict[str, int] = {}
+        """Of each worker that said hello how many its engine has."""
         self._lock = threading.Lock()
-        self._ready = threading.Event()
+        self._hello = threading.Condition(self._lock)
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._environment: dict[str, str] = {}
 
     @property
     def counters(self) -> dict[str, int]:
-        """Traces received; messages rejected (wrong token, malformed); traces dropped because
+        """Traces received whole; messages rejected (wrong token, malformed); traces dropped because
         nobody collected them, late (asked for, given up), missing (reported as None), and lost
-        (the sender's queue was full)."""
+        (the sender's queue was full, or nobody listened)."""
         with self._lock:
-            return dict(self._counts)
+            return {**self._counts, "lost": sum(self._lost.values())}
 
     def start(self) -> None:
         """Bind the socket and set the environment that the engine's processes inherit."""
@@ -163,19 +196,28 @@ class Receiver:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def wait_ready(self, timeout: float = 30.0) -> dict[str, Any]:
-        """What the engine's worker captures; vLLM only logs a plugin that failed to load, so an
-        owner that relies on traces calls this once the engine is up.
+    def wait_ready(self, timeout: float = 30.0, engines: int = 1) -> dict[str, Any]:
+        """What the workers of the `engines` data parallel replicas capture; vLLM only logs a plugin
+        that failed to load, so an owner that relies on traces calls this once the engine is up.
 
-        Raises RuntimeError when no worker has reported within `timeout` seconds.
+        Raises RuntimeError when not every worker has reported within `timeout` seconds.
         """
-        if not self._ready.wait(timeout) or self.engine is None:
-            raise RuntimeError(
-                f"No vLLM worker reported that attention capture is installed within {timeout:g} "
-                f"seconds: the receiver must be started before the engine, pivottrace-verl must "
-                f"be installed where vLLM runs, and VLLM_PLUGINS, if set, must name pivottrace."
-            )
+        with self._hello:
+            if not self._hello.wait_for(lambda: self._all_reported(engines), timeout):
+                reported = len(self._workers)
+                who = f"Only {reported} vLLM workers" if reported else "No vLLM worker"
+                raise RuntimeError(
+                    f"{who} reported that attention capture is installed within {timeout:g} "
+                    f"seconds: the receiver must be started before the engine, pivottrace-verl "
+                    f"must be installed where vLLM runs, and VLLM_PLUGINS, if set, must name "
+                    f"pivottrace."
+                )
+        assert self.engine is not None
         return self.engine
+
+    def _all_reported(self, engines: int) -> bool:
+        workers = self._workers.values()
+        return len(workers) > 0 and len(workers) >= engines * max(workers)
 
     def get(self, key: str, timeout: float = 5.0, n_tokens: int | None = None) -> Trace | None:
         """The trace of request `key`, once; None if it is not complete within `timeout` seconds.
@@ -186,7 +228,7 @@ class Receiver:
         future = self._claim(key)
         try:
             future.result(timeout)
-        except FutureTimeout:
+        except (FutureTimeout, CancelledError):
             logger.debug("Trace %s has not arrived after %g seconds.", key, timeout)
         return self._collect(key, future, n_tokens)
 
@@ -202,49 +244,68 @@ class Receiver:
             raise
         return self._collect(key, future, n_tokens)
 
-    def _claim(self, key: str) -> "Future[_Arrived]":
-        future: Future[_Arrived] = Future()
+    def give_up(self, key: str) -> None:
+        """Say that nobody will ask for a trace: a request that failed, or ended without a token."""
+        with self._lock:
+            self._forget(key)
+            self._mark_given_up(key, seen=True)
+
+    def _mark_given_up(self, key: str, seen: bool) -> None:
+        self._given_up.setdefault(key, seen)
+        if len(self._given_up) > MAX_GIVEN_UP:
+            self._given_up.popitem(last=False)
+
+    def _claim(self, key: str) -> "Future[_Pending]":
+        """A future of the whole trace; one that is cancelled if the key was given up before."""
+        future: Future[_Pending] = Future()
         with self._lock:
             if key in self._waiting:
                 raise RuntimeError(f"Trace {key!r} is being waited for already.")
-            self._given_up.pop(key, None)
-            arrived = self._held.pop(key, None)
-            if arrived is None:
+            if key in self._given_up:
+                future.cancel()
+                return future
+            pending = self._held.get(key)
+            if pending is None or not pending.complete:
                 self._waiting[key] = future
-            else:
-                self._held_bytes -= _size(arrived.trace)
-        if arrived is not None:
-            future.set_result(arrived)
+                return future
+            self._forget(key)
+        future.set_result(pending)
         return future
 
-    def _collect(self, key: str, future: "Future[_Arrived]", n_tokens: int | None) -> Trace | None:
+    def _collect(self, key: str, future: "Future[_Pending]", n_tokens: int | None) -> Trace | None:
         with self._lock:
             self._waiting.pop(key, None)
-            arrived = future.result() if future.done() and not future.cancelled() else None
-            if arrived is None:
+            pending = future.result() if future.done() and not future.cancelled() else None
+            if pending is None:
+                partial = self._forget(key)
                 self._counts["missing"] += 1
-                self._given_up[key] = None
-                if len(self._given_up) > MAX_GIVEN_UP:
-                    self._given_up.popitem(last=False)
-        if arrived is None:
-            logger.warning("No attention trace of request %s arrived in time.", key)
-            return None
-        trace, rows = arrived.trace, len(arrived.trace.stats)
-        if arrived.missing_rows or (n_tokens is not None and rows < n_tokens):
-            with self._lock:
-                self._counts["missing"] += 1
+                self._mark_given_up(key, seen=partial is not None)
+        if pending is None:
+            arrived = len(partial.parts) if partial else 0
             logger.warning(
-                "The attention trace of request %s is incomplete: %d rows, %d of them missing, "
-                "for %s tokens.",
+                "No attention trace of request %s arrived in time%s.",
                 key,
-                rows,
-                arrived.missing_rows,
-                n_tokens,
+                f" (only {arrived} of its workers' parts)" if arrived else "",
             )
             return None
-        if n_tokens is None or rows == n_tokens:
-            return trace
-        return trace.cut(n_tokens)
+        try:
+            trace = pending.to_trace(key)
+        except ValueError as error:
+            self._miss(f"The attention trace of request {key} cannot be joined: {error}.")
+            return None
+        rows, missing_rows = len(trace.stats), pending.missing_rows
+        if missing_rows or (n_tokens is not None and rows < n_tokens):
+            self._miss(
+                f"The attention trace of request {key} is incomplete: {rows} rows, {missing_rows} "
+                f"of them missing, for {n_tokens} tokens."
+            )
+            return None
+        return trace if n_tokens is None or rows == n_tokens else trace.cut(n_tokens)
+
+    def _miss(self, why: str) -> None:
+        with self._lock:
+            self._counts["missing"] += 1
+        logger.warning(why)
 
     def _listen(self, socket: zmq.Socket) -> None:
         poller = zmq.Poller()
@@ -256,112 +317,60 @@ class Receiver:
 
     def _receive(self, frames: Sequence[bytes]) -> None:
         try:
-            header = msgspec.msgpack.decode(frames[0], type=Header)
+            header = decode(frames[0])
             known = hmac.compare_digest(
                 header.token.encode(), self._environment[ENV_TOKEN].encode()
             )
-            arrived = _unpack(header, frames) if known and header.kind == "trace" else None
-        except (msgspec.MsgspecError, ValueError, UnicodeError) as error:
+            arrived = decode_rows(header, frames) if known and header.kind == "trace" else None
+        except (msgspec.MsgspecError, ValueError, OverflowError) as error:
             self._reject(f"A malformed message was rejected: {error}")
             return
         if not known:
             self._reject("A message with a wrong token was rejected.")
             return
         with self._lock:
-            self._counts["lost"] = max(self._counts["lost"], header.lost)
-        if arrived is not None:
-            self._deliver(arrived)
-        elif header.kind == "hello":
-            self.engine = header.info
-            self._ready.set()
+            self._lost[header.sender] = header.lost
+            if arrived is not None:
+                self._deliver(header.key, arrived)
+            elif header.kind == "hello":
+                self.engine = header.info
+                self._workers[header.sender] = header.part.of if header.part else 1
+                self._hello.notify_all()
 
     def _reject(self, why: str) -> None:
         with self._lock:
             self._counts["rejected"] += 1
         logger.warning(why)
 
-    def _deliver(self, arrived: _Arrived) -> None:
-        key = arrived.trace.key
-        with self._lock:
+    def _deliver(self, key: str, arrived: Arrived) -> None:
+        """Under the lock, so that a waiter that gives up sees either nothing or the trace."""
+        if key in self._given_up:
+            self._counts["late"] += not self._given_up[key]
+            self._given_up[key] = True
+            return
+        pending = self._held.get(key)
+        if pending is not None and (pending.complete or arrived.number in pending.parts):
+            self._forget(key)
+            self._counts["dropped"] += 1
+            pending = None
+        if pending is None:
+            pending = self._held[key] = _Pending()
+        pending.parts[arrived.number] = arrived
+        self._held_bytes += arrived.nbytes
+        if pending.complete:
             self._counts["received"] += 1
             future = self._waiting.pop(key, None)
-            if future is None and key in self._given_up:
-                del self._given_up[key]
-                self._counts["late"] += 1
-                return
-            if future is None:
-                self._hold(arrived)
-                return
-            # Under the lock, so that a waiter that gives up sees either nothing or the trace.
-            if future.set_running_or_notify_cancel():
-                future.set_result(arrived)
-
-    def _hold(self, arrived: _Arrived) -> None:
-        key = arrived.trace.key
-        if key in self._held:
-            self._held_bytes -= _size(self._held.pop(key).trace)
-            self._counts["dropped"] += 1
-        self._held[key] = arrived
-        self._held_bytes += _size(arrived.trace)
+            if future is not None:
+                self._forget(key)
+                if future.set_running_or_notify_cancel():
+                    future.set_result(pending)
         while self._held_bytes > self._max_bytes:
-            _, oldest = self._held.popitem(last=False)
-            self._held_bytes -= _size(oldest.trace)
+            self._forget(next(iter(self._held)))
             self._counts["dropped"] += 1
 
-
-class Sender:
-    """Worker's end: never blocks the engine; what does not fit the queue is lost and counted."""
-
-    def __init__(self, endpoint: str, token: str, wire: str = "float32") -> None:
-        self.lost = 0
-        self._token = token
-        self._wire = wire
-        self._logged = -math.inf
-        self._socket: zmq.Socket = zmq.Context.instance().socket(zmq.PUSH)
-        self._socket.set_hwm(QUEUE)
-        # Long enough for the last traces of an engine that shuts down, short for a dead owner.
-        self._socket.setsockopt(zmq.LINGER, 2000)
-        self._socket.connect(endpoint)
-
-    def hello(self, info: dict[str, Any]) -> None:
-        """Say that this worker captures, and what."""
-        self._send([_encode(Header(self._token, "hello", info=info))])
-
-    def trace(self, key: str, stats: np.ndarray, tokens: np.ndarray, missing_rows: int) -> None:
-        """Send stats [T, L, H, F] and token statistics [T, K]."""
-        header = Header(self._token, "trace", key, stats.shape, self._wire, missing_rows, self.lost)
-        dtype = WIRE_DTYPES[self._wire]
-        self._send([_encode(header), stats.astype(dtype).tobytes(), tokens.astype("<f4").tobytes()])
-
-    def close(self) -> None:
-        self._socket.close()
-
-    def _send(self, frames: list[bytes]) -> None:
-        try:
-            self._socket.send_multipart(frames, flags=zmq.NOBLOCK)
-        except zmq.Again:
-            self.lost += 1
-            if time.monotonic() - self._logged > 10:
-                self._logged = time.monotonic()
-                logger.warning("%d attention traces were lost: nobody receives them.", self.lost)
-
-
-def _encode(header: Header) -> bytes:
-    return msgspec.msgpack.encode(header)
-
-
-def _size(trace: Trace) -> int:
-    return trace.stats.nbytes + trace.token_entropy.nbytes + trace.self_certainty.nbytes
-
-
-def _unpack(header: Header, frames: Sequence[bytes]) -> _Arrived:
-    """Raises ValueError where header and frames do not fit together."""
-    if len(frames) != 3 or len(header.shape) != 4 or header.wire not in WIRE_DTYPES:
-        raise ValueError(f"shape {header.shape} of {header.wire} in {len(frames)} frames")
-    if min(header.shape) < 0:
-        raise ValueError(f"shape {header.shape}")
-    stats = np.frombuffer(frames[1], WIRE_DTYPES[header.wire]).reshape(header.shape)
-    tokens = np.frombuffer(frames[2], "<f4").reshape(header.shape[0], len(TOKEN_STATISTICS))
-    # Copies in either case: a view would keep the whole message alive.
-    trace = Trace(header.key, stats.astype(np.float32), *tokens.T.astype(np.float32))
-    return _Arrived(trace, header.missing_rows)
+    def _forget(self, key: str) -> _Pending | None:
+        """Take a trace out of those held."""
+        pending = self._held.pop(key, None)
+        if pending is not None:
+            self._held_bytes -= pending.nbytes
+        return pending

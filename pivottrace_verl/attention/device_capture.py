@@ -24,13 +24,11 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
-from pivottrace_verl.attention.channel import Sender
 from pivottrace_verl.attention.config import CaptureConfig
 from pivottrace_verl.attention.device_layers import (
-    check_device_engine,
-    device_problem,
     layer_keys,
     prove_layout,
     score_rule,
@@ -39,7 +37,9 @@ from pivottrace_verl.attention.device_layers import (
 from pivottrace_verl.attention.device_store import DeviceStore, StepRows
 from pivottrace_verl.attention.device_tracker import DeviceTracker
 from pivottrace_verl.attention.kernel import Batch, RowKernel, group_shares, write_tokens
-from pivottrace_verl.attention.support import TracedLayer, find_layers, refuse
+from pivottrace_verl.attention.parts import Groups, Part, Place, own_heads
+from pivottrace_verl.attention.sender import Sender
+from pivottrace_verl.attention.support import TracedLayer, refuse
 from pivottrace_verl.pivots import FEATURES
 
 logger = logging.getLogger(__name__)
@@ -50,20 +50,11 @@ SPARE_BYTES = 512 << 20
 """Device memory left to others when the store is made."""
 
 
-def find_device_layers(
-    vllm_config: Any, runner: Any, kv_cache_config: Any, config: CaptureConfig
-) -> list[TracedLayer]:
-    """The layers to trace; refuses engines and layers that the kernel cannot serve."""
-    check_device_engine(vllm_config, runner)
-    problem = device_problem(kv_cache_config, config)
-    return find_layers(vllm_config, kv_cache_config, config, problem)
-
-
 class DeviceCapture:
-    """Capture in one worker, by kernels.
+    """Capture in one worker, by kernels: its own heads of the traced layers (`parts`).
 
-    `groups` are each layer's head groups in the numbers of the heads that this worker has, all of
-    which may be elsewhere.
+    A worker that has the logits and no head of any group follows the layer `witness` instead, of
+    which nothing is sent.
 
     Nothing in `launch` and `choose` depends on what the device holds, waits for it or allocates.
     """
@@ -73,21 +64,32 @@ class DeviceCapture:
         runner: Any,
         kv_cache_config: Any,
         layers: list[TracedLayer],
-        groups: list[tuple[tuple[int, ...], ...]],
+        groups: list[Groups],
         config: CaptureConfig,
         sender: Sender,
+        place: Place,
+        part: Part,
+        witness: TracedLayer | None,
     ) -> None:
         self.runner = runner
-        self.layers = layers
+        self.traced = layers
         self.config = config
         self.groups = groups
+        self.place = place
+        self._sender = sender
+        self._n_sent = len(part.layers)
+        own = [own_heads(groups[n], layers[n].n_heads, place.tensor_rank) for n in part.layers]
+        layers = [layers[n] for n in part.layers]
+        if witness is not None:
+            layers, own = [witness], [((),) * len(groups[0])]
+        self.layers = layers
         device, dtype = runner.device, runner.model_config.dtype
         self.layouts = [prove_layout(layer, dtype) for layer in layers]
         impls = [layer.module.impl for layer in layers]
         self._rules = [score_rule(impl) for impl in impls]
         self._windows = [sliding_window(impl) for impl in impls]
         n_heads, n_groups = layers[0].n_heads, len(groups[0])
-        self._shares = [group_shares(each, n_heads).to(device) for each in groups]
+        self._shares = [group_shares(each, n_heads).to(device) for each in own]
         self._kernel = RowKernel(config, n_heads, runner.max_num_reqs, device)
         self._block_size = kv_cache_config.kv_cache_groups[layers[0].group].kv_cache_spec.block_size
         n_slots = kv_cache_config.num_blocks * self._block_size
@@ -95,7 +97,7 @@ class DeviceCapture:
         check_memory(device, n_slots * DeviceStore.bytes_per_slot(*shape))
         self.store = DeviceStore(n_slots, *shape, device)
         self.rows = StepRows(runner.max_num_reqs, device)
-        self.tracker = DeviceTracker(self.store, self._block_size, layers[0].group, sender.trace)
+        self.tracker = DeviceTracker(self.store, self._block_size, layers[0].group, self._send)
         self._expecting = False
 
     def describe(self) -> dict[str, Any]:
@@ -105,17 +107,22 @@ class DeviceCapture:
             "backend": first.backend,
             "isa": torch.cuda.get_device_name(self.runner.device) if on_gpu else "interpreter",
             "key_layout": self.layouts[0],
-            "layers": [layer.index for layer in self.layers],
+            "layers": [layer.index for layer in self.traced],
             "head_groups": None if chosen else [list(group) for group in self.groups[0]],
             "heads": chosen and [list(heads) for heads in chosen],
             "features": list(FEATURES),
             "dtype": str(first.module.kv_cache.dtype).removeprefix("torch."),
             "block_size": self._block_size,
             "slots": len(self.store.owner),
+            "tensor_parallel": self.place.tensor_size,
+            "pipeline_parallel": self.place.n_stages,
         }
 
     def flush(self) -> None:
         self.tracker.flush()
+
+    def _send(self, key: str, stats: np.ndarray, tokens: np.ndarray, missing_rows: int) -> None:
+        self._sender.trace(key, stats[:, : self._n_sent], tokens, missing_rows)
 
     def wrap(self) -> None:
         """Put the wrappers on this worker's own instances."""

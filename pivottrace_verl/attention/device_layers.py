@@ -42,7 +42,6 @@ def check_device_engine(vllm_config: Any, runner: Any) -> None:
         refuse("Triton is not installed")
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
     for name, value in (
-        ("tensor parallelism", parallel.tensor_parallel_size),
         ("pipeline parallelism", parallel.pipeline_parallel_size),
         ("decode context parallelism", parallel.decode_context_parallel_size),
         ("prefill context parallelism", parallel.prefill_context_parallel_size),

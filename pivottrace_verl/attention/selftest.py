@@ -78,9 +78,12 @@ def run_selftest(
 
 
 def make_tiny_model(
-    directory: str | os.PathLike[str], architecture: str = "llama", seed: int = 0
+    directory: str | os.PathLike[str],
+    architecture: str = "llama",
+    seed: int = 0,
+    n_key_heads: int = 2,
 ) -> Any:
-    """A random four-layer model with grouped queries and head size 32, saved without tokenizer.
+    """A random four-layer model with 4 query heads of size 32, saved without tokenizer.
 
     `architecture` is llama, qwen2 or gemma2 (soft caps, every other layer slides). Weights are
     drawn wide enough that attention is far from uniform, so that a wrong row could not pass for a
@@ -106,7 +109,7 @@ def make_tiny_model(
         intermediate_size=256,
         num_hidden_layers=4,
         num_attention_heads=4,
-        num_key_value_heads=2,
+        num_key_value_heads=n_key_heads,
         max_position_embeddings=1024,
         initializer_range=0.12,
         bos_token_id=None,

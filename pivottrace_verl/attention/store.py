@@ -76,25 +76,52 @@ class Tracked:
     key: str
     owner: int
     prompt_length: int
+    response_start: int
+    """Position of the rollout's first generated token: `prompt_length`, or less where this request
+    goes on with a rollout that an earlier one began."""
     saved: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     """Rows read at preemptions, in order."""
     missing_rows: int = 0
+    n_scheduled: int = 0
+    """Rows it has by what was scheduled for it."""
 
     @property
     def n_saved(self) -> int:
         return sum(len(tokens) for _, tokens in self.saved)
 
+    def cut(self, n_rows: int) -> None:
+        """Forget saved rows past the first `n_rows`."""
+        while self.n_saved > n_rows:
+            stats, tokens = self.saved.pop()
+            keep = n_rows - self.n_saved
+            if keep > 0:
+                self.saved.append((stats[:keep], tokens[:keep]))
+
 
 class Tracker:
-    """Requests that opted in, from their first schedule to their last."""
+    """Requests that opted in, from their first schedule to their last.
 
-    def __init__(self, store: SlotStore, block_size: int, group: int, send: SendTrace) -> None:
+    How many rows a request has is read from the runner's record of its output tokens. Where that
+    record is not kept in time (stages of a pipeline before the last, asynchronous scheduling)
+    `scheduled_rows` counts what was scheduled instead: draft tokens that were rejected last, or a
+    step past a stop, may leave rows at the end that belong to no token, for the receiver to cut.
+    """
+
+    def __init__(
+        self,
+        store: SlotStore,
+        block_size: int,
+        group: int,
+        send: SendTrace,
+        scheduled_rows: bool = False,
+    ) -> None:
         self.requests: dict[str, Tracked] = {}
         self.preemptions = 0
         self._store = store
         self._block_size = block_size
         self._group = group
         self._send = send
+        self._scheduled_rows = scheduled_rows
         self._next_owner = NOBODY + 1
 
     def observe(self, scheduled: Any, states: Mapping[str, RequestState]) -> None:
@@ -109,22 +136,27 @@ class Tracker:
                 self.preemptions += 1
         for new in scheduled.scheduled_new_reqs:
             self._start(new)
+        if self._scheduled_rows:
+            self._count(scheduled)
 
     def flush(self, states: Mapping[str, RequestState]) -> None:
         """Finish every tracked request now."""
         for req_id in list(self.requests):
             self._finish(req_id, states)
 
-    def rows_of(self, req_ids: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(prompt length, owner) of each request of a batch; owner NOBODY if it did not opt in."""
+    def rows_of(self, req_ids: Iterable[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(prompt length, response start, owner) of each request of a batch; owner NOBODY if it
+        did not opt in."""
         found = [self.requests.get(req_id) for req_id in req_ids]
         prompts = np.array([t.prompt_length if t else 0 for t in found], np.int64)
-        return prompts, np.array([t.owner if t else NOBODY for t in found], np.int32)
+        starts = np.array([t.response_start if t else 0 for t in found], np.int64)
+        return prompts, starts, np.array([t.owner if t else NOBODY for t in found], np.int32)
 
     def _start(self, new: Any) -> None:
         key = key_of(new)
         if key is None:
             return
+        asked = new.sampling_params.extra_args[EXTRA_ARGS_NAME]
         if new.prompt_token_ids is None or new.req_id in self.requests:
             logger.warning(
                 "Request %s gets no attention trace: prompts given as embeddings and requests "
@@ -133,8 +165,25 @@ class Tracker:
             )
             self.requests.pop(new.req_id, None)
             return
-        self.requests[new.req_id] = Tracked(key, self._next_owner, len(new.prompt_token_ids))
+        length = len(new.prompt_token_ids)
+        start = min(asked.get("prompt_tokens", length), length)
+        self.requests[new.req_id] = Tracked(key, self._next_owner, length, start)
         self._next_owner = self._next_owner % (2**31 - 1) + 1
+
+    def _count(self, scheduled: Any) -> None:
+        """Note how many rows each request will have after this step."""
+        cached = scheduled.scheduled_cached_reqs
+        for req_id, n_tokens in zip(cached.req_ids, cached.num_output_tokens, strict=True):
+            tracked = self.requests.get(req_id)
+            if tracked is not None and req_id in cached.resumed_req_ids:
+                tracked.cut(n_tokens)
+        computed = {new.req_id: new.num_computed_tokens for new in scheduled.scheduled_new_reqs}
+        computed.update(zip(cached.req_ids, cached.num_computed_tokens, strict=True))
+        for req_id, n_computed in computed.items():
+            tracked = self.requests.get(req_id)
+            if tracked is not None:
+                end = n_computed + scheduled.num_scheduled_tokens[req_id]
+                tracked.n_scheduled = max(end - (tracked.prompt_length - 1), tracked.n_saved)
 
     def _finish(self, req_id: str, states: Mapping[str, RequestState]) -> None:
         tracked = self.requests.pop(req_id, None)
@@ -149,9 +198,10 @@ class Tracker:
         self._send(tracked.key, stats, tokens, tracked.missing_rows)
 
     def _save(self, tracked: Tracked, state: RequestState) -> None:
-        """Read the rows captured since the last save: positions P-1+n_saved to P-2+n_output."""
+        """Read the rows captured since the last save: positions P-1+n_saved to P-2+n_rows."""
+        n_rows = tracked.n_scheduled if self._scheduled_rows else len(state.output_token_ids)
         first = tracked.prompt_length - 1 + tracked.n_saved
-        end = tracked.prompt_length - 1 + len(state.output_token_ids)
+        end = tracked.prompt_length - 1 + n_rows
         if end <= first:
             return
         positions = np.arange(first, end)
@@ -171,15 +221,24 @@ def key_of(new: Any) -> str | None:
     asked = extra.get(EXTRA_ARGS_NAME)
     if asked is None:
         return None
-    key = asked.get("key") if isinstance(asked, dict) else None
-    if not isinstance(key, str) or not key:
+    if not _well_formed(asked):
         logger.warning(
-            "Request %s gets no attention trace: extra_args[%r] must be "
-            "{'key': '<unique string>'}, not %r.",
+            "Request %s gets no attention trace: extra_args[%r] must be {'key': '<unique string>'} "
+            "and may have 'prompt_tokens', a whole number; it is %r.",
             new.req_id,
             EXTRA_ARGS_NAME,
             asked,
         )
         return None
+    key = str(asked["key"])
     child, separator, _ = new.req_id.partition("_")
     return f"{key}/{int(child)}" if separator and child.isdigit() and int(child) else key
+
+
+def _well_formed(asked: Any) -> bool:
+    if not isinstance(asked, dict) or not set(asked) <= {"key", "prompt_tokens"}:
+        return False
+    key, prompt_tokens = asked.get("key"), asked.get("prompt_tokens", 1)
+    if not isinstance(key, str) or not key or isinstance(prompt_tokens, bool):
+        return False
+    return isinstance(prompt_tokens, int) and prompt_tokens > 0

@@ -12,6 +12,7 @@ import torch
 
 from pivottrace_verl.attention.config import CaptureConfig
 from pivottrace_verl.attention.keys import find_layout
+from pivottrace_verl.attention.parts import Place
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,13 @@ class TracedLayer:
     index: int
     name: str
     module: Any
+    """None where another stage of the pipeline holds it."""
     group: int
     """The KV cache group whose block table serves it."""
-
-    @property
-    def n_heads(self) -> int:
-        return int(self.module.impl.num_heads)
+    n_heads: int
+    """Query heads on each tensor rank."""
+    stage: int = 0
+    """The pipeline stage that holds it."""
 
     @property
     def backend(self) -> str:
@@ -60,73 +62,158 @@ def check_engine(vllm_config: Any, runner: Any) -> None:
     if runner.device.type != "cpu":
         refuse(f"this engine runs on {runner.device.type} and only vLLM's CPU backend is supported")
     for name, value in (
-        ("tensor parallelism", parallel.tensor_parallel_size),
-        ("pipeline parallelism", parallel.pipeline_parallel_size),
         ("decode context parallelism", parallel.decode_context_parallel_size),
+        ("prefill context parallelism", parallel.prefill_context_parallel_size),
     ):
         if value > 1:
             refuse(f"this engine uses {name} ({value} ranks), which is not supported yet")
-    if vllm_config.speculative_config is not None:
-        refuse("this engine decodes speculatively, which is not supported yet")
+    if parallel.nnodes > 1:
+        refuse(
+            f"this engine spans {parallel.nnodes} machines, and traces do not leave the machine of "
+            f"the worker that captured them"
+        )
+    if parallel.world_size > 1 and parallel.distributed_executor_backend == "external_launcher":
+        refuse(
+            "the workers of this engine were launched one by one (external_launcher), each with a "
+            "receiver of its own, which is not supported"
+        )
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method != "ngram":
+        refuse(
+            f"this engine drafts tokens by {speculative.method!r}, and only 'ngram' is supported"
+        )
+    if speculative is not None and parallel.pipeline_parallel_size > 1:
+        refuse("this engine drafts tokens in a pipeline of stages, which is not supported yet")
     if runner.use_async_scheduling:
         refuse("this engine schedules asynchronously, which is not supported yet")
     if vllm_config.model_config.runner_type != "generate":
         refuse(f"this engine's runner is {vllm_config.model_config.runner_type!r}, not 'generate'")
 
 
+@dataclass(frozen=True)
+class _Seen:
+    """What the stages of a pipeline tell each other of a layer."""
+
+    name: str
+    group: int
+    n_heads: int
+    problem: str | None
+
+
+Survey = dict[int, _Seen]
+"""The layers of one stage that could be traced, by index."""
+
+
+def own_place() -> Place:
+    """Where this worker stands in its engine."""
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+    tensor, pipeline = get_tp_group(), get_pp_group()
+    return Place(
+        tensor.rank_in_group, tensor.world_size, pipeline.rank_in_group, pipeline.world_size
+    )
+
+
+def gather_stages(own: Survey) -> list[Survey]:
+    """The surveys of all stages; every worker of the pipeline must call it."""
+    from vllm.distributed.parallel_state import get_pp_group
+
+    group = get_pp_group()
+    surveys: list[Survey] = [{} for _ in range(group.world_size)]
+    torch.distributed.all_gather_object(surveys, own, group=group.cpu_group)
+    return surveys
+
+
 def find_layers(
     vllm_config: Any,
     kv_cache_config: Any,
     config: CaptureConfig,
+    place: Place | None = None,
+    gather: Callable[[Survey], list[Survey]] = gather_stages,
     problem: Callable[[str, Any, int], str | None] | None = None,
 ) -> list[TracedLayer]:
-    """The layers to trace; refuses where one of them cannot be read, which `problem` says of a
-    layer's name, module and KV cache group (None: what the CPU backend can read)."""
-    from vllm.model_executor.layers.attention import Attention
-
-    context = vllm_config.compilation_config.static_forward_context
-    groups = {
-        name: number
-        for number, group in enumerate(kv_cache_config.kv_cache_groups)
-        for name in group.layer_names
+    """The layers to trace, those of other stages included; refuses, on every worker alike, where
+    one of them cannot be read, which `problem` says of a layer's name, module and KV cache group
+    (None: what the CPU backend can read)."""
+    place = place or Place()
+    found, others = _own_layers(vllm_config, kv_cache_config)
+    survey = {
+        index: _Seen(
+            name,
+            group,
+            int(module.impl.num_heads),
+            problem(name, module, group) if problem else _problem(module),
+        )
+        for index, (name, module, group) in found.items()
     }
-    found: dict[int, TracedLayer] = {}
-    others: list[str] = []
-    for name, module in context.items():
-        index = next((int(part) for part in name.split(".") if part.isdigit()), None)
-        if index is None or not isinstance(module, Attention) or name not in groups:
-            others.append(f"{name} ({type(module).__name__})")
-            continue
-        found[index] = TracedLayer(index, name, module, groups[name])
-    if not found:
+    seen: dict[int, tuple[int, _Seen]] = {
+        index: (stage, one)
+        for stage, stage_survey in enumerate(gather(survey) if place.n_stages > 1 else [survey])
+        for index, one in stage_survey.items()
+    }
+    if not seen:
         kinds = "; ".join(others[:3]) or "none"
         refuse(f"the model has no plain attention layer that can be read (it has {kinds})")
-    problems = {
-        index: problem(layer.name, layer.module, layer.group) if problem else _problem(layer)
-        for index, layer in found.items()
-    }
-    readable = sorted(index for index, problem in problems.items() if problem is None)
+    problems = {index: one.problem for index, (_, one) in seen.items()}
+    readable = sorted(index for index, why in problems.items() if why is None)
     if config.layers is not None or not readable:
-        for index in config.layers or sorted(found)[:1]:
+        for index in config.layers or sorted(seen)[:1]:
             if problems.get(index) is not None:
                 refuse(f"layer {index} {problems[index]}")
-    chosen = [found[index] for index in config.choose_layers(readable)]
+    chosen = []
+    for index in config.choose_layers(readable):
+        stage, one = seen[index]
+        module = found[index][1] if stage == place.stage else None
+        chosen.append(TracedLayer(index, one.name, module, one.group, one.n_heads, stage))
     if len({layer.group for layer in chosen}) > 1:
         refuse("the layers to trace lie in different KV cache groups; choose layers of one kind")
     if len({layer.n_heads for layer in chosen}) > 1:
         refuse("the layers to trace have different numbers of heads; choose layers of one kind")
     for position, layer in enumerate(chosen):
-        config.choose_heads(layer.n_heads, position)
+        config.choose_heads(layer.n_heads * place.tensor_size, position)
     return chosen
 
 
-def _problem(layer: TracedLayer) -> str | None:
+def find_witness(vllm_config: Any, kv_cache_config: Any, traced: TracedLayer) -> TracedLayer:
+    """Where a worker has the logits and no traced layer: one whose steps are followed instead, in
+    the KV cache group of a traced one."""
+    found, _ = _own_layers(vllm_config, kv_cache_config)
+    for index, (name, module, group) in found.items():
+        if group == traced.group:
+            return TracedLayer(index, name, module, group, traced.n_heads)
+    refuse("the last stage of the pipeline has no attention layer of the traced kind")
+
+
+def _own_layers(
+    vllm_config: Any, kv_cache_config: Any
+) -> tuple[dict[int, tuple[str, Any, int]], list[str]]:
+    """(name, module, KV cache group) of this worker's plain attention layers by index, and the
+    names of its other layers."""
+    from vllm.model_executor.layers.attention import Attention
+
+    groups = {
+        name: number
+        for number, group in enumerate(kv_cache_config.kv_cache_groups)
+        for name in group.layer_names
+    }
+    found: dict[int, tuple[str, Any, int]] = {}
+    others: list[str] = []
+    for name, module in vllm_config.compilation_config.static_forward_context.items():
+        index = next((int(part) for part in name.split(".") if part.isdigit()), None)
+        if index is None or not isinstance(module, Attention) or name not in groups:
+            others.append(f"{name} ({type(module).__name__})")
+            continue
+        found[index] = (name, module, groups[name])
+    return found, others
+
+
+def _problem(module: Any) -> str | None:
     """Why a layer cannot be read, or None."""
-    impl = layer.module.impl
-    if layer.backend != "CPU_ATTN":
-        return f"uses the attention backend {layer.backend}, and only CPU_ATTN is supported"
-    if layer.module.kv_cache.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"has a quantised KV cache ({layer.module.kv_cache.dtype}), which cannot be read"
+    impl, backend = module.impl, str(module.attn_backend.get_name())
+    if backend != "CPU_ATTN":
+        return f"uses the attention backend {backend}, and only CPU_ATTN is supported"
+    if module.kv_cache.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"has a quantised KV cache ({module.kv_cache.dtype}), which cannot be read"
     if impl.is_fp8_kv_cache:
         return f"has a quantised KV cache ({impl.kv_cache_dtype}), which cannot be read"
     if impl.sliding_window != -1:

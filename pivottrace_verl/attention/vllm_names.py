@@ -105,6 +105,9 @@ NAMES = (
         )
         for field, why in (
             ("scheduled_new_reqs", "requests seen for the first time, with their sampling params"),
+            ("scheduled_cached_reqs", "the other requests of a step"),
+            ("num_scheduled_tokens", "counts the rows of stages that never see a token"),
+            ("scheduled_spec_decode_tokens", "how many queries of a request choose a token"),
             ("finished_req_ids", "requests whose rows are read out and sent"),
             ("preempted_req_ids", "requests whose rows are read out before their blocks go"),
             ("total_num_scheduled_tokens", "an empty step has no rows"),
@@ -118,6 +121,37 @@ NAMES = (
             ("req_id", "the engine's id of a request"),
             ("prompt_token_ids", "the prompt's length"),
             ("sampling_params", "extra_args, through which a request opts in"),
+            ("num_computed_tokens", "counts the rows of stages that never see a token"),
+        )
+    ),
+    *(
+        Name(
+            f"vllm.v1.core.sched.output:CachedRequestData.{field}",
+            "counts the rows of stages that never see a token",
+            "vllm/v1/core/sched/output.py",
+        )
+        for field in ("req_ids", "resumed_req_ids", "num_computed_tokens", "num_output_tokens")
+    ),
+    Name(
+        "vllm.distributed.parallel_state:get_tp_group",
+        "which query heads this worker holds",
+        "vllm/distributed/parallel_state.py",
+    ),
+    Name(
+        "vllm.distributed.parallel_state:get_pp_group",
+        "which stage this worker is; the stages tell each other of their layers over it",
+        "vllm/distributed/parallel_state.py",
+    ),
+    *(
+        Name(
+            f"vllm.distributed.parallel_state:GroupCoordinator.{field}",
+            why,
+            "vllm/distributed/parallel_state.py",
+        )
+        for field, why in (
+            ("rank_in_group", "the rank of a worker in its group"),
+            ("world_size", "the number of workers in a group"),
+            ("cpu_group", "the process group over which stages tell of their layers"),
         )
     ),
     Name(
@@ -214,10 +248,14 @@ NAMES = (
     *(
         Name(f"vllm.config:{field}", why, "vllm/config")
         for field, why in (
-            ("VllmConfig.speculative_config", "speculative decoding is refused"),
-            ("ParallelConfig.tensor_parallel_size", "tensor parallelism is refused"),
-            ("ParallelConfig.pipeline_parallel_size", "pipeline parallelism is refused"),
+            ("VllmConfig.speculative_config", "speculative decoding other than ngram is refused"),
+            ("SpeculativeConfig.method", "speculative decoding other than ngram is refused"),
+            ("ParallelConfig.pipeline_parallel_size", "drafts in a pipeline are refused"),
             ("ParallelConfig.decode_context_parallel_size", "context parallelism is refused"),
+            ("ParallelConfig.prefill_context_parallel_size", "context parallelism is refused"),
+            ("ParallelConfig.world_size", "external launchers are refused"),
+            ("ParallelConfig.nnodes", "engines on several machines are refused"),
+            ("ParallelConfig.distributed_executor_backend", "external launchers are refused"),
         )
     ),
     Name(

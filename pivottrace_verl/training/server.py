@@ -18,6 +18,7 @@ from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, 
 
 from pivottrace_verl.attention.channel import Receiver, Trace
 from pivottrace_verl.attention.config import CaptureConfig
+from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.pivots import DetectorConfig, find_pivots
 
 
@@ -33,21 +34,36 @@ class PivotVLLMServer(vLLMHttpServer):
         self._pt_timeout = float(capture.pop("timeout_s"))
         self._pt_detector = DetectorConfig.from_dict(settings["detector"])
         if capture.pop("enable"):
+            if self.nnodes > 1:
+                raise PivotTraceError(
+                    f"A rollout replica that spans {self.nnodes} machines cannot capture "
+                    f"attention: traces do not leave the machine of the worker that captured them. "
+                    f"Let a replica fit one machine, or set pivottrace.capture.enable=False."
+                )
             # Before the engine starts: its processes inherit the endpoint from the environment.
             self._pt_receiver = Receiver(CaptureConfig.from_dict(capture))
             self._pt_receiver.start()
         launched = await super().launch_server(*args, **kwargs)
         if self._pt_receiver is not None and self.node_rank == 0:
             # A plugin that did not load must be told now, not as one missing trace after another.
-            await asyncio.to_thread(self._pt_receiver.wait_ready)
+            await asyncio.to_thread(
+                self._pt_receiver.wait_ready, engines=self.config.data_parallel_size
+            )
         return launched
 
     async def generate(
         self, prompt_ids: Any, sampling_params: dict, request_id: str, **kwargs: Any
     ) -> TokenOutput:
         asked = (sampling_params.get("extra_args") or {}).get("pivottrace")
-        output = await super().generate(prompt_ids, sampling_params, request_id, **kwargs)
-        if asked and self._pt_receiver is not None and output.token_ids:
+        tokens = False
+        try:
+            output = await super().generate(prompt_ids, sampling_params, request_id, **kwargs)
+            tokens = bool(output.token_ids)
+        finally:
+            if asked and self._pt_receiver is not None and not tokens:
+                # Failed, cancelled, or aborted before its first token.
+                self._pt_receiver.give_up(asked["key"])
+        if asked and self._pt_receiver is not None and tokens:
             trace = await self._pt_receiver.aget(
                 asked["key"], n_tokens=len(output.token_ids), timeout=self._pt_timeout
             )

@@ -28,13 +28,13 @@ def one_thread():
 def run_engines(tmp_path_factory):
     """Run one of the scripts beside this file; returns what it wrote."""
 
-    def run(script, **environment):
+    def run(script, *arguments, **environment):
         from pivottrace_verl.attention.channel import Trace
         from pivottrace_verl.attention.selftest import ENVIRONMENT
 
         scratch = tmp_path_factory.mktemp(Path(script).stem)
         child = subprocess.run(
-            [sys.executable, str(HERE / script), str(scratch)],
+            [sys.executable, str(HERE / script), str(scratch), *arguments],
             env={**os.environ, **ENVIRONMENT, "OMP_NUM_THREADS": "1", **environment},
             capture_output=True,
             text=True,

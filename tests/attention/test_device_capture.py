@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pivottrace_verl.attention.config import CaptureConfig
 from pivottrace_verl.attention.keys import StridedKeys
+from pivottrace_verl.attention.parts import Place, divide, merge
 from pivottrace_verl.attention.reference import (
     ScoreRule,
     group_heads,
@@ -90,7 +91,7 @@ def make_layer(index, cache="0.28 HND", backend="FLASH_ATTN", **changes):
         attn_backend=SimpleNamespace(get_name=lambda: backend), kv_sharing_target_layer_name=None,
     )  # fmt: skip
     vars(module).update(changes)
-    return TracedLayer(index, f"model.layers.{index}.self_attn.attn", module, 0)
+    return TracedLayer(index, f"model.layers.{index}.self_attn.attn", module, 0, HEADS)
 
 
 class Buffers:
@@ -136,7 +137,7 @@ class Runner:
         run()
 
 
-def make_capture(layers, config=CONFIG, groups=None):
+def make_capture(layers, config=CONFIG, groups=None, rank=0, ranks=1):
     runner, sent = Runner(), []
     spec = SimpleNamespace(block_size=BLOCK)
     cache = SimpleNamespace(kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec)])
@@ -144,7 +145,11 @@ def make_capture(layers, config=CONFIG, groups=None):
     if groups is None:
         groups = [config.choose_heads(HEADS, place) for place in range(len(layers))]
     sender = SimpleNamespace(trace=lambda *trace: sent.append(trace))
-    capture = DeviceCapture(runner, cache, layers, groups, config, sender)
+    place = Place(rank, ranks)
+    part = divide([0] * len(layers), groups, HEADS, place)[rank]
+    witness = None if part.layers else layers[0]
+    capture = DeviceCapture(runner, cache, layers, groups, config, sender, place, part, witness)
+    capture.part = part
     return capture, runner, sent
 
 
@@ -392,28 +397,44 @@ def test_metadata_without_a_block_table_is_read_through_what_it_was_made_of():
     assert not hasattr(other.build(0, common), _COMMON)
 
 
-def test_groups_whose_heads_are_elsewhere_are_zeros_and_the_rows_are_there_all_the_same():
-    layers = [make_layer(0), make_layer(1)]
+@pytest.mark.parametrize(
+    "groups", [((0, 1, 5), (6,)), ((5, 7), (6,))], ids=["both ranks", "one rank, one witness"]
+)
+def test_the_parts_of_two_tensor_ranks_make_the_trace_of_one(groups):
     g = torch.Generator().manual_seed(0)
-    for layer in layers:
-        layer.module.kv_cache.copy_(torch.randn(layer.module.kv_cache.shape, generator=g))
     config = CaptureConfig(layers=(0, 1))
-    some, _, _ = make_capture(layers, config, [((0, 1), ()), ((), ())])
-    some.wrap()
-    some.runner.execute_model(scheduled([("a", 20, [3, 1], True)]))
-    some.runner._prepare_inputs(["a"])
-    buffers = Buffers(MAX_REQUESTS)
-    buffers.decode([(20, [3, 1])], g)
-    metadata = SimpleNamespace(
-        query_start_loc=buffers.query_start_loc, seq_lens=buffers.seq_lens,
-        block_table=buffers.block_table, slot_mapping=buffers.slot_mapping,
-    )  # fmt: skip
-    forward(some, buffers, metadata)
-    slot = int(buffers.slot_mapping[0])
-    assert some.rows.slots.tolist() == [slot, -1, -1, -1]
-    row = some.store.stats[slot]
-    assert float(row[0, 0].abs().sum()) > 0
-    assert float(row[0, 1].abs().sum()) == float(row[1].abs().sum()) == 0
+    parts, heads = [], []
+    for rank in range(2):
+        layers = [make_layer(i) for i in range(2)]
+        buffers = Buffers(MAX_REQUESTS)
+        buffers.decode([(20, [3, 1])], g)
+        for layer in layers:
+            layer.module.kv_cache.copy_(torch.randn(layer.module.kv_cache.shape, generator=g))
+        capture, runner, sent = make_capture(layers, config, [groups] * 2, rank, 2)
+        capture.wrap()
+        runner.execute_model(scheduled([("a", 20, [3, 1], True)]))
+        runner._prepare_inputs(["a"])
+        metadata = SimpleNamespace(
+            query_start_loc=buffers.query_start_loc, seq_lens=buffers.seq_lens,
+            block_table=buffers.block_table, slot_mapping=buffers.slot_mapping,
+        )  # fmt: skip
+        forward(capture, buffers, metadata)
+        runner.model.compute_logits(torch.zeros(1, WORDS))
+        capture.flush()
+        (_, stats, tokens, missing) = sent[0]
+        assert missing == 0
+        parts.append((capture.part, stats, tokens))
+        plan = plan_rows(
+            buffers.block_table[:1], torch.tensor([19]), torch.tensor([20]), BLOCK, config
+        )
+        for position, layer in enumerate(layers):
+            keys = StridedKeys(layer.module.impl.keys(layer.module.kv_cache))
+            query = buffers.query[position, :1]
+            heads.append(row_statistics(query, keys, plan, RULE))
+    whole = [torch.cat([heads[position], heads[2 + position]], 1) for position in range(2)]
+    wanted = torch.stack([group_heads(rows, groups) for rows in whole], 1)
+    found, _ = merge(parts)
+    torch.testing.assert_close(torch.from_numpy(found), wanted, atol=2e-5, rtol=1e-5)
 
 
 def test_a_runner_that_returns_its_batch_is_followed_and_its_dummy_runs_are_not():

@@ -58,7 +58,6 @@ def test_both_of_vllms_runners_are_served(runner):
     [
         ({"runner": SimpleNamespace}, "not known here"),
         ({"device": "meta"}, "runs on meta"),
-        ({"tensor_parallel_size": 2}, "tensor parallelism"),
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"decode_context_parallel_size": 2}, "decode context parallelism"),
         ({"prefill_context_parallel_size": 2}, "prefill context parallelism"),
@@ -121,7 +120,9 @@ def find(layers, config, spec=None):
         compilation_config=SimpleNamespace(static_forward_context=dict(layers))
     )
     problem = device_problem(kv_cache_config, config)
-    return [layer.index for layer in find_layers(vllm_config, kv_cache_config, config, problem)]
+    return [
+        layer.index for layer in find_layers(vllm_config, kv_cache_config, config, problem=problem)
+    ]
 
 
 @pytest.mark.parametrize(

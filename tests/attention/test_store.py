@@ -51,7 +51,7 @@ class Engine:
         slots = torch.tensor([slot])
         for layer in range(2):
             self.store.write_layer(layer, slots, torch.full((1, 1, 1), value + layer / 2))
-        _, owners = self.tracker.rows_of([req_id])
+        *_, owners = self.tracker.rows_of([req_id])
         tokens = torch.tensor([[-value, 2 * value]])
         self.store.finish_rows(slots, tokens, torch.from_numpy(owners))
         state.output_token_ids.append(0)
@@ -145,9 +145,114 @@ def test_requests_that_do_not_ask_are_not_tracked():
     engine.add("b", prompt=1, blocks=[1], extra_args={"pivottrace": "key"})
     engine.add("c", prompt=1, blocks=[1], extra_args={"pivottrace": {"key": 3}})
     engine.add("d", prompt=2, blocks=[1])
-    prompts, owners = engine.tracker.rows_of(["a", "d", "b", "c"])
-    assert owners.tolist() == [NOBODY, 1, NOBODY, NOBODY]
-    assert prompts.tolist() == [0, 2, 0, 0]
+    for i, length in enumerate((0, True, "3")):
+        asked = {"key": "k", "prompt_tokens": length}
+        engine.add(f"e{i}", prompt=1, blocks=[1], extra_args={"pivottrace": asked})
+    engine.add("f", prompt=1, blocks=[1], extra_args={"pivottrace": {"key": "k", "kex": 1}})
+    prompts, starts, owners = engine.tracker.rows_of(["a", "d", "b", "c", "e0", "e1", "e2", "f"])
+    assert owners.tolist() == [NOBODY, 1, *[NOBODY] * 6]
+    assert prompts.tolist() == starts.tolist() == [0, 2, *[0] * 6]
+
+
+class Stage(Engine):
+    """A stage of a pipeline that never sees an output token: rows are counted as scheduled."""
+
+    def __init__(self):
+        super().__init__()
+        self.tracker = Tracker(self.store, BLOCK, group=0, send=self.send, scheduled_rows=True)
+
+    def schedule(self, req_id, n_computed, n_tokens, n_output=0, resumed=False):
+        cached = SimpleNamespace(
+            req_ids=[req_id],
+            num_computed_tokens=[n_computed],
+            num_output_tokens=[n_output],
+            resumed_req_ids={req_id} if resumed else set(),
+        )
+        self.observe(cached, {req_id: n_tokens})
+
+    def observe(self, cached=None, tokens=None, new=(), finished=(), preempted=()):
+        nothing = SimpleNamespace(
+            req_ids=[], num_computed_tokens=[], num_output_tokens=[], resumed_req_ids=set()
+        )
+        self.tracker.observe(
+            SimpleNamespace(
+                finished_req_ids=set(finished),
+                preempted_req_ids=set(preempted),
+                scheduled_new_reqs=list(new),
+                scheduled_cached_reqs=cached or nothing,
+                num_scheduled_tokens=tokens or {},
+            ),
+            self.states,
+        )
+
+    def begin(self, req_id, prompt, n_tokens, blocks):
+        new = SimpleNamespace(
+            req_id=req_id,
+            prompt_token_ids=[0] * prompt,
+            sampling_params=SimpleNamespace(extra_args={"pivottrace": {"key": req_id}}),
+            num_computed_tokens=0,
+        )
+        self.observe(new=[new], tokens={req_id: n_tokens})
+        self.states[req_id] = SimpleNamespace(block_ids=(blocks,), output_token_ids=[])
+
+    def write(self, req_id, position, value):
+        block = self.states[req_id].block_ids[0][position // BLOCK]
+        slots = torch.tensor([block * BLOCK + position % BLOCK])
+        for layer in range(2):
+            self.store.write_layer(layer, slots, torch.full((1, 1, 1), value + layer / 2))
+        *_, owners = self.tracker.rows_of([req_id])
+        tokens = torch.tensor([[-value, 2 * value]])
+        self.store.finish_rows(slots, tokens, torch.from_numpy(owners))
+
+
+def test_rows_are_counted_as_scheduled_where_output_tokens_are_not_known():
+    stage = Stage()
+    stage.begin("a", prompt=6, n_tokens=4, blocks=[1, 2, 3])
+    stage.schedule("a", 4, 2)
+    stage.write("a", 5, 0.0)
+    for i in range(1, 4):
+        stage.schedule("a", 5 + i, 1, n_output=i)
+        stage.write("a", 5 + i, float(i))
+    stage.observe(finished=["a"])
+    assert values(stage.sent["a"]) == ([0, 1, 2, 3], 0)
+    assert not stage.tracker.requests
+
+
+def test_a_request_ended_within_its_prompt_has_no_row_by_schedule_either():
+    stage = Stage()
+    stage.begin("a", prompt=6, n_tokens=4, blocks=[1, 2, 3])
+    stage.observe(finished=["a"])
+    assert not stage.sent and not stage.tracker.requests
+
+
+def test_rows_saved_at_a_preemption_are_cut_to_the_tokens_that_counted():
+    """Two of three rows saved belong to tokens; the third was a draft, or a step in flight."""
+    stage = Stage()
+    stage.begin("a", prompt=3, n_tokens=3, blocks=[1, 2])
+    stage.write("a", 2, 0.0)
+    stage.schedule("a", 3, 2, n_output=1)
+    stage.write("a", 3, 1.0)
+    stage.write("a", 4, 99.0)
+    stage.observe(preempted=["a"])
+    stage.states["a"].block_ids = ([5, 6],)
+    # Recomputed in two chunks: the first reaches no new row.
+    stage.schedule("a", 0, 2, n_output=2, resumed=True)
+    stage.schedule("a", 2, 3, n_output=2)
+    stage.write("a", 4, 2.0)
+    stage.observe(finished=["a"])
+    assert values(stage.sent["a"]) == ([0, 1, 2], 0)
+
+
+def test_a_request_that_goes_on_with_a_rollout_has_its_own_rows_and_the_rollouts_prompt():
+    engine = Engine()
+    engine.add(
+        "a", prompt=6, blocks=[5, 2], extra_args={"pivottrace": {"key": "k", "prompt_tokens": 4}}
+    )
+    prompts, starts, _ = engine.tracker.rows_of(["a"])
+    assert (prompts.tolist(), starts.tolist()) == ([6], [4])
+    engine.decode("a", 6, 1.0)
+    engine.step(finished=["a"])
+    assert values(engine.sent["k"]) == ([1], 0)
 
 
 def test_children_of_one_request_send_under_keys_of_their_own():

@@ -9,6 +9,7 @@ import torch
 from pivottrace_verl.attention import vllm_hooks
 from pivottrace_verl.attention.channel import Receiver
 from pivottrace_verl.attention.config import ENV_CAPTURE, ENV_DISABLE, ENV_ENDPOINT, CaptureConfig
+from pivottrace_verl.attention.parts import Place
 from pivottrace_verl.attention.support import (
     TracedLayer,
     check_engine,
@@ -27,11 +28,14 @@ def make_engine(**changes):
     parallel = {
         name: changes.pop(name, 1)
         for name in (
-            "tensor_parallel_size",
             "pipeline_parallel_size",
             "decode_context_parallel_size",
+            "prefill_context_parallel_size",
+            "nnodes",
+            "world_size",
         )
     }
+    parallel["distributed_executor_backend"] = changes.pop("executor", "mp")
     runner = object.__new__(changes.pop("runner_class", GPUModelRunner))
     runner.device = torch.device(changes.pop("device", "cpu"))
     runner.use_async_scheduling = changes.pop("use_async_scheduling", False)
@@ -53,10 +57,15 @@ class OtherRunner:
     [
         ({"runner_class": OtherRunner}, "only vLLM's V1 runner"),
         ({"device": "meta"}, "only vLLM's CPU backend"),
-        ({"tensor_parallel_size": 2}, "tensor parallelism"),
-        ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"decode_context_parallel_size": 2}, "decode context parallelism"),
-        ({"speculative_config": object()}, "decodes speculatively"),
+        ({"prefill_context_parallel_size": 2}, "prefill context parallelism"),
+        ({"nnodes": 2}, "spans 2 machines"),
+        ({"world_size": 2, "executor": "external_launcher"}, "launched one by one"),
+        ({"speculative_config": SimpleNamespace(method="eagle")}, "drafts tokens by 'eagle'"),
+        (
+            {"speculative_config": SimpleNamespace(method="ngram"), "pipeline_parallel_size": 2},
+            "in a pipeline of stages",
+        ),
         ({"use_async_scheduling": True}, "schedules asynchronously"),
         ({"runner_type": "pooling"}, "'pooling'"),
     ],
@@ -135,6 +144,49 @@ def test_layers_of_different_kinds_are_not_mixed():
         find_layers(*make_configs([make_layer(0), make_layer(1, num_heads=8)]), CaptureConfig())
 
 
+def test_stages_of_a_pipeline_choose_the_same_layers_from_all_of_them():
+    """Eight layers, four a stage; one cannot be read, and only its stage sees why."""
+    stages = [
+        make_configs([make_layer(i) for i in range(4)]),
+        make_configs([make_layer(4, sliding_window=16), *(make_layer(i) for i in (5, 6, 7))]),
+    ]
+    surveys = []
+
+    def tell(own):
+        surveys.append(own)
+        return [own]
+
+    for stage, configs in enumerate(stages):
+        find_layers(*configs, CaptureConfig(), Place(0, 1, stage, 2), tell)
+    for config, chosen in (
+        (CaptureConfig(), [2, 5]),
+        (CaptureConfig(layers=(7, 0, 5)), [7, 0, 5]),
+    ):
+        seen = [
+            find_layers(*configs, config, Place(0, 1, stage, 2), lambda _: surveys)
+            for stage, configs in enumerate(stages)
+        ]
+        for stage, layers in enumerate(seen):
+            assert [layer.index for layer in layers] == chosen
+            assert [layer.stage for layer in layers] == [int(index > 3) for index in chosen]
+            assert [layer.module is not None for layer in layers] == [
+                layer.stage == stage for layer in layers
+            ]
+    for stage, configs in enumerate(stages):
+        with pytest.raises(RuntimeError, match=r"layer 4 .*sliding window"):
+            find_layers(
+                *configs, CaptureConfig(layers=(4,)), Place(0, 1, stage, 2), lambda _: surveys
+            )
+
+
+def test_heads_are_chosen_in_numbers_of_the_whole_layer():
+    configs = make_configs([make_layer(0), make_layer(1)])
+    config = CaptureConfig(head_groups=((7,),))
+    assert find_layers(*configs, config, Place(0, 2))
+    with pytest.raises(PivotTraceError, match="head 7"):
+        find_layers(*configs, config, Place(0, 1))
+
+
 def test_layers_and_heads_the_model_does_not_have_are_told():
     configs = make_configs([make_layer(0), make_layer(1)])
     with pytest.raises(PivotTraceError, match="layer 5"):
@@ -151,7 +203,7 @@ def test_a_key_layout_that_is_not_known_is_refused():
 
     module.impl.do_kv_cache_update = row_by_row
     with pytest.raises(RuntimeError, match=r"cannot be read back.*'vec'"):
-        key_layout(TracedLayer(0, name, module, 0))
+        key_layout(TracedLayer(0, name, module, 0, 4))
 
 
 def test_capture_without_a_receiver_is_refused(monkeypatch):

@@ -1,8 +1,10 @@
 """One row of the scores: a rollout is right or wrong, unparseable, or timed out."""
 
+import dataclasses
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from pivottrace_verl import answer_pool
@@ -13,6 +15,7 @@ from pivottrace_verl.generation import Rollout
 from pivottrace_verl.pivots import FEATURES, DetectorConfig
 from pivottrace_verl.pool import Prompt
 from pivottrace_verl.schemas import SCORE_SCHEMA
+from pivottrace_verl.score_columns import traced_rollouts
 from pivottrace_verl.score_rows import make_row, write_traces
 from pivottrace_verl.traces import calibrate
 
@@ -55,3 +58,28 @@ def test_what_is_not_read_in_time_is_timed_out_and_not_unparseable(limits, tmp_p
     write_traces(tmp_path, [PROMPT], [rollouts[2:]], [answers[2:]], tokenizer=Tokenizer(), seed=0)
     kept = json.loads((tmp_path / "part-00000.json").read_text())
     assert [kept[f"p0/{g}"]["answer"] for g in range(2)] == [None, None]
+
+
+def test_a_rollout_whose_trace_was_lost_counts_in_everything_but_the_attention(tmp_path):
+    kind = get_answers("exact")
+    traced = [make_rollout("7"), make_rollout("8")]
+    lost = dataclasses.replace(traced[0], trace=None)
+    frozen = calibrate([(r.trace.stats, r.trace.token_entropy) for r in traced], DetectorConfig())
+
+    def scored(rollouts):
+        texts = extract_many(kind, [rollout.text for rollout in rollouts])
+        unknown = [None] * len(rollouts)
+        return make_row(PROMPT, rollouts, texts, unknown, kind=kind, thresholds=frozen, seed=0)
+
+    row, whole = scored([*traced, lost]), scored(traced)
+    assert [rollout["traced"] for rollout in row["rollouts"]] == [True, True, False]
+    assert row["rollouts"][2]["pivots"] is row["rollouts"][2]["entropy"] is None
+    assert row["answers"] == [{"answer": "7", "count": 2}, {"answer": "8", "count": 1}]
+    for name in ("uncertainty/pivot_count", "uncertainty/entropy"):
+        assert row[name] == pytest.approx(whole[name])
+    table = pa.Table.from_pylist([row, whole], schema=SCORE_SCHEMA)
+    assert traced_rollouts(table) == (4, 5)
+    write_traces(
+        tmp_path, [PROMPT], [[lost, traced[0]]], [["7", "7"]], tokenizer=Tokenizer(), seed=0
+    )
+    assert list(json.loads((tmp_path / "part-00000.json").read_text())) == ["p0/1"]
