@@ -1,16 +1,17 @@
 """The row statistics as a fused Triton kernel: the mathematics of `reference`, in one pass.
 
 `RowKernel` launches the two kernels of `kernel_code` for each traced layer: one walks the paged
-keys, one forms the features and writes them into the store at the row's KV slot.
+keys, one forms the features and writes them into the store at the row's KV slot. `write_tokens`
+launches `kernel_tokens` for the logits that choose each row's token.
 
 Contract: launches read sizes from shapes only, grids depend on the padded batch only, scratch is
 made once, nothing waits for the device; so a launch can be captured into a CUDA graph and replayed
 on new contents of the same tensors. Rows that are padding, not asked for, or choose no token are
 left alone.
 
-Importing this module needs Triton; nothing else in the package imports it. Nothing here was run on
-a GPU yet: the tests run it in Triton's interpreter (TRITON_INTERPRET=1, set before Triton is first
-imported) and compile it for CUDA.
+Importing this module needs Triton; only `device_capture`, of engines on a GPU, imports it. Nothing
+here was run on a GPU yet: the tests run it in Triton's interpreter (TRITON_INTERPRET=1, set before
+Triton is first imported) and compile it for CUDA.
 
 Axes: R requests of a padded batch, B blocks of a request, N = R * rows_per_request rows, H query
 heads, G head groups, D head size, F features in the order of `pivots.FEATURES`.
@@ -24,6 +25,7 @@ import triton
 
 from pivottrace_verl.attention.config import CaptureConfig
 from pivottrace_verl.attention.kernel_code import COLUMNS, merge, walk
+from pivottrace_verl.attention.kernel_tokens import choices
 from pivottrace_verl.attention.keys import StridedKeys
 from pivottrace_verl.attention.reference import ScoreRule
 from pivottrace_verl.pivots import FEATURES
@@ -43,15 +45,18 @@ class Batch:
     slots: torch.Tensor
     """[tokens] KV slot of each token."""
     prompts: torch.Tensor
-    """[R] prompt length P of each request, -1 for one that did not ask."""
+    """[R] prompt length P of each request, -1 for one that did not ask: its rows begin at P - 1."""
+    responses: torch.Tensor
+    """[R] position where each request's response begins: P, or less where the prompt holds the
+    beginning of a response."""
 
 
 def group_shares(groups: Sequence[Sequence[int]], n_heads: int) -> torch.Tensor:
     """[G, H]: what each head's features count for in the mean of each group
-    (`CaptureConfig.choose_heads`)."""
+    (`CaptureConfig.choose_heads`); a group without heads here gets zeros."""
     shares = torch.zeros(len(groups), n_heads)
     for share, group in zip(shares, groups, strict=True):
-        share[list(group)] = 1 / len(group)
+        share[list(group)] = 1 / max(1, len(group))
     return shares
 
 
@@ -91,6 +96,8 @@ class RowKernel:
         shares: torch.Tensor,
         out: torch.Tensor,
         sliding_window: int | None = None,
+        query_scale: torch.Tensor | None = None,
+        written: torch.Tensor | None = None,
     ) -> None:
         """Write the rows of one layer into `out` [slots, G, F], at their slots.
 
@@ -100,6 +107,8 @@ class RowKernel:
             shares: [G, H] `group_shares` of the layer, on the device; keys of KV heads without a
                 share are not read.
             sliding_window: keys a row sees, its own included; None: all up to its position.
+            query_scale: [1] float32, what FP8 queries are multiplied by.
+            written: [N] int32; where a row is written, its place gets the row's slot.
         Raises ValueError where the shapes do not fit what this kernel was made for.
         """
         n_requests, kv_heads, size = len(batch.lengths), keys.kv_heads, query.shape[2]
@@ -123,7 +132,8 @@ class RowKernel:
         rows = (batch.starts, batch.lengths)
         walk[(n_rows, kv_heads, self._splits)](
             query, keys.view, self._state, *rows, batch.table, batch.slots, batch.prompts,
-            shares if keys.scale is None else keys.scale, shares,
+            batch.responses, shares if keys.scale is None else keys.scale,
+            shares if query_scale is None else query_scale, shares,
             rule.scale, rule.soft_cap, *query.stride(),
             *keys.view.stride(), batch.table.stride(0),
             keys.view.shape[1], self._window, self._sink, sliding_window or 0,
@@ -131,13 +141,40 @@ class RowKernel:
             GROUPS=len(shares), SIZE=size, SIZE_PADDED=max(16, triton.next_power_of_2(size)),
             TILE=self._tile, SPLITS=self._splits, ROWS=self._rows,
             CAPPED=rule.soft_cap > 0, SCALED_KEYS=keys.scale is not None,
+            SCALED_QUERY=query_scale is not None,
             # Triton's interpreter multiplies the bits of bfloat16 as if they were integers.
             WIDE=query.device.type == "cpu",
         )  # fmt: skip
         merge[(n_rows,)](
             self._state, out, *rows, batch.slots, batch.prompts,
-            shares if rule.sinks is None else rule.sinks, shares, *out.stride(),
+            shares if rule.sinks is None else rule.sinks, shares,
+            batch.prompts if written is None else written, *out.stride(),
             HEADS=self._n_heads, HEADS_PADDED=triton.next_power_of_2(self._n_heads),
             GROUPS=len(shares), SPLITS=self._splits, ROWS=self._rows,
-            LEARNT_SINKS=rule.sinks is not None,
+            LEARNT_SINKS=rule.sinks is not None, TELLS=written is not None,
         )  # fmt: skip
+
+
+def write_tokens(
+    logits: torch.Tensor,
+    slots: torch.Tensor,
+    owners: torch.Tensor,
+    tokens: torch.Tensor,
+    owner: torch.Tensor,
+    tile: int = 4096,
+) -> None:
+    """Write `TOKEN_STATISTICS` of each row's logits, and whose row it is, at the row's slot.
+
+    Args:
+        logits: [N, V] at temperature 1; -inf where a word is masked.
+        slots: [>= N] int32 slot of each row, -1 for one that is not traced.
+        owners: [>= N] int32 whose row it is.
+        tokens: [slots, K] the statistics' store.
+        owner: [slots] the owners' store.
+        tile: words a program reads at once, a power of two.
+    Same definitions as `reference.token_statistics`; launches like `RowKernel`'s.
+    """
+    choices[(len(logits),)](
+        logits, slots, owners, tokens, owner, *logits.stride(), logits.shape[1],
+        tokens.stride(0), TILE=tile,
+    )  # fmt: skip

@@ -40,7 +40,7 @@ NO_SHARE = tl.constexpr(TINY)
 
 @triton.jit
 def _row_of(starts, lengths, slots, prompts, row, ROWS: tl.constexpr):
-    """Row `row` of the grid: its request, token, position, prompt length, slot, and if it counts.
+    """Row `row` of the grid: its request, token, position, slot, and if it counts.
 
     A request's rows are its last ROWS tokens of this step, newest first."""
     request = row // ROWS
@@ -52,12 +52,13 @@ def _row_of(starts, lengths, slots, prompts, row, ROWS: tl.constexpr):
     there = (length > 0) & (token >= tl.load(starts + request))
     slot = tl.load(slots + token, mask=there, other=-1)
     counts = there & (slot >= 0) & (prompt >= 0) & (position >= prompt - 1)
-    return request, token, position, prompt, slot, counts
+    return request, token, position, slot, counts
 
 
 @triton.jit
-def _weights(key, distance, prompt, window, sink):
-    """[TILE, COLUMNS]: what each key's probability counts for in each column of the state."""
+def _weights(key, distance, start, window, sink):
+    """[TILE, COLUMNS]: what each key's probability counts for in each column of the state; the
+    response's keys begin at `start`."""
     column = tl.arange(0, COLUMNS)[None, :]
     bucket = column - BUCKET
     low = tl.where(bucket > 0, 1 << tl.maximum(bucket - 1, 0), 0)
@@ -66,7 +67,7 @@ def _weights(key, distance, prompt, window, sink):
     clipped = tl.minimum(distance, window).to(tl.float32)
     far = (distance >= window).to(tl.float32)
     past_sink = (key >= sink).to(tl.float32)
-    response = (key >= prompt).to(tl.float32)
+    response = (key >= start).to(tl.float32)
     weight = tl.where((bucket >= 0) & (bucket < BUCKETS) & inside, 1.0, 0.0)
     weight = tl.where(column == SINK_MASS, 1.0 - past_sink, weight)
     weight = tl.where(column == PROMPT_MASS, 1.0 - response, weight)
@@ -104,20 +105,20 @@ def _in_a_group(shares, head, there, HEADS: tl.constexpr, GROUPS: tl.constexpr):
 
 @triton.jit
 def walk(
-    query, keys, state, starts, lengths, table, slots, prompts, key_scale, shares,
+    query, keys, state, starts, lengths, table, slots, prompts, responses, key_scale, query_scale,
+    shares,
     scale, soft_cap, query_token, query_head, query_size,
     keys_block, keys_token, keys_head, keys_size, table_row,
     block_size, window, sink, sliding_window,
     HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, KV_HEADS: tl.constexpr,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, SIZE_PADDED: tl.constexpr,
     TILE: tl.constexpr, SPLITS: tl.constexpr, ROWS: tl.constexpr, CAPPED: tl.constexpr,
-    SCALED_KEYS: tl.constexpr, WIDE: tl.constexpr,
+    SCALED_KEYS: tl.constexpr, SCALED_QUERY: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """State of one (row, KV head, split): [HEADS, COLUMNS], HEADS query heads of the KV head."""
     row, kv_head, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    request, token, position, prompt, _slot, counts = _row_of(
-        starts, lengths, slots, prompts, row, ROWS
-    )
+    request, token, position, _slot, counts = _row_of(starts, lengths, slots, prompts, row, ROWS)
+    response = tl.load(responses + request)
     head = tl.arange(0, HEADS_PADDED)
     wanted = _in_a_group(shares, kv_head * HEADS + head, head < HEADS, HEADS * KV_HEADS, GROUPS)
     if not (counts & (tl.sum(wanted.to(tl.int32)) > 0)):
@@ -132,10 +133,13 @@ def walk(
         mask=(head[:, None] < HEADS) & (size[None, :] < SIZE),
         other=0.0,
     )
-    if WIDE:
-        q = q.to(tl.float32)
     if SCALED_KEYS:
         scale = scale * tl.load(key_scale)
+    if SCALED_QUERY:
+        scale = scale * tl.load(query_scale)
+        q = q.to(tl.bfloat16)  # FP8 fits it exactly
+    if WIDE:
+        q = q.to(tl.float32)
     # Keys first..position are seen; every tile that is walked holds one of them at least.
     first = tl.where(sliding_window > 0, tl.maximum(position + 1 - sliding_window, 0), 0)
     first_tile = first // TILE
@@ -172,29 +176,32 @@ def walk(
         weight = tl.where(seen[None, :], tl.exp(below), 0.0)
         score_sum += tl.sum(weight * below, axis=1)
         distance = position - key
-        counted = _weights(key[:, None], distance[:, None], prompt, window, sink)
+        counted = _weights(key[:, None], distance[:, None], response, window, sink)
         sums = sums * factor[:, None] + tl.dot(weight, counted, input_precision="ieee")
         top = new_top
     sums = tl.where(column == ENTROPY, score_sum[:, None], sums)
     sums = tl.where(column == TOP, top[:, None], sums)
-    at = (row.to(tl.int64) * SPLITS + split) * (HEADS * KV_HEADS) + kv_head * HEADS + head
+    # The place in the grid is asked for again: kept until here it would spill registers.
+    at = (tl.program_id(0).to(tl.int64) * SPLITS + tl.program_id(2)) * (HEADS * KV_HEADS)
+    at += tl.program_id(1) * HEADS + head
     tl.store(state + at[:, None] * COLUMNS + column, sums, mask=head[:, None] < HEADS)
 
 
 @triton.jit
 def merge(
-    state, out, starts, lengths, slots, prompts, sinks, shares,
+    state, out, starts, lengths, slots, prompts, sinks, shares, written,
     out_slot, out_group, out_feature,
     HEADS: tl.constexpr, HEADS_PADDED: tl.constexpr, GROUPS: tl.constexpr,
-    SPLITS: tl.constexpr, ROWS: tl.constexpr, LEARNT_SINKS: tl.constexpr,
+    SPLITS: tl.constexpr, ROWS: tl.constexpr, LEARNT_SINKS: tl.constexpr, TELLS: tl.constexpr,
 ):  # fmt: skip
-    """Features of one row: splits merged, head groups averaged, written at the row's slot."""
+    """Features of one row: splits merged, head groups averaged, written at the row's slot; TELLS:
+    `written[row]` says where."""
     row = tl.program_id(0)
-    _request, _token, _position, _prompt, slot, counts = _row_of(
-        starts, lengths, slots, prompts, row, ROWS
-    )
+    _request, _token, _position, slot, counts = _row_of(starts, lengths, slots, prompts, row, ROWS)
     if not counts:
         return
+    if TELLS:
+        tl.store(written + row, slot.to(tl.int32))
     head = tl.arange(0, HEADS_PADDED)
     column = tl.arange(0, COLUMNS)[None, :]
     # The state of a KV head none of whose heads is wanted was not written.

@@ -36,7 +36,9 @@ class TracedLayer:
 
     @property
     def isa(self) -> str:
-        return str(self.module.impl.isa)
+        # From vLLM 0.29 on the metadata builder notes it on the layer.
+        impl = self.module.impl
+        return str(impl.isa if hasattr(impl, "isa") else self.module.isa)
 
 
 def refuse(why: str) -> NoReturn:
@@ -130,10 +132,12 @@ def find_layers(
     config: CaptureConfig,
     place: Place | None = None,
     gather: Callable[[Survey], list[Survey]] = gather_stages,
+    problem: Callable[[str, Any, int], str | None] | None = None,
 ) -> list[TracedLayer]:
     """The layers to trace, those of other stages included; refuses, on every worker alike, where
-    one of them cannot be read."""
-    place = place or Place()
+    one of them cannot be read, which `problem` says of a layer's name, module and KV cache group
+    (None: what the CPU backend can read)."""
+    place, problem = place or Place(), problem or cpu_problem(kv_cache_config)
     found, others = _own_layers(vllm_config, kv_cache_config)
     survey = {
         index: _Seen(
@@ -141,7 +145,7 @@ def find_layers(
             group,
             int(module.impl.num_heads),
             sliding_window(module.impl) is None,
-            _problem(module) or _drops_keys(module, kv_cache_config.kv_cache_groups[group]),
+            problem(name, module, group),
         )
         for index, (name, module, group) in found.items()
     }
@@ -154,7 +158,7 @@ def find_layers(
         kinds = "; ".join(others[:3]) or "none"
         refuse(f"the model has no plain attention layer that can be read (it has {kinds})")
     problems = {index: one.problem for index, (_, one) in seen.items()}
-    readable = sorted(index for index, problem in problems.items() if problem is None)
+    readable = sorted(index for index, why in problems.items() if why is None)
     if config.layers is not None or not readable:
         for index in config.layers or sorted(seen)[:1]:
             if problems.get(index) is not None:
@@ -208,38 +212,40 @@ def _own_layers(
     return found, others
 
 
-def _problem(module: Any) -> str | None:
-    """Why a layer cannot be read, or None."""
-    impl, backend = module.impl, str(module.attn_backend.get_name())
-    if backend != "CPU_ATTN":
-        return f"uses the attention backend {backend}, and only CPU_ATTN is supported"
-    if module.kv_cache.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"has a quantised KV cache ({module.kv_cache.dtype}), which cannot be read"
-    if impl.is_fp8_kv_cache:
-        return f"has a quantised KV cache ({impl.kv_cache_dtype}), which cannot be read"
-    if impl.alibi_slopes is not None:
-        return "uses ALiBi, which is not supported"
-    if impl.sinks is not None:
-        return "has learnt attention sinks, which are not supported yet"
-    return None
-
-
-def _drops_keys(module: Any, group: Any) -> str | None:
-    """Why the rows of a layer would be gone when their request ends, or None."""
+def cpu_problem(kv_cache_config: Any) -> Callable[[str, Any, int], str | None]:
+    """Why a layer cannot be read on the CPU backend, or None: for `find_layers`."""
     from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
-    if isinstance(group.kv_cache_spec, SlidingWindowSpec):
-        return (
-            f"attends to a sliding window of {sliding_window(module.impl)} tokens and vLLM "
-            f"drops its older keys, and with them the rows; an engine of a model that has other "
-            f"layers too keeps them with disable_hybrid_kv_cache_manager=True"
-        )
-    return None
+    def problem(name: str, module: Any, group: int) -> str | None:
+        impl, backend = module.impl, str(module.attn_backend.get_name())
+        if backend != "CPU_ATTN":
+            return f"uses the attention backend {backend}, and only CPU_ATTN is supported"
+        if module.kv_cache.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"has a quantised KV cache ({module.kv_cache.dtype}), which cannot be read"
+        if impl.is_fp8_kv_cache:
+            return f"has a quantised KV cache ({impl.kv_cache_dtype}), which cannot be read"
+        if impl.alibi_slopes is not None:
+            return "uses ALiBi, which is not supported"
+        if impl.sinks is not None:
+            return "has learnt attention sinks, which are not supported yet"
+        if isinstance(kv_cache_config.kv_cache_groups[group].kv_cache_spec, SlidingWindowSpec):
+            return (
+                f"attends to a sliding window of {sliding_window(impl)} tokens and vLLM drops its "
+                f"older keys, and with them the rows; an engine of a model that has other layers "
+                f"too keeps them with disable_hybrid_kv_cache_manager=True"
+            )
+        return None
+
+    return problem
 
 
 def sliding_window(impl: Any) -> int | None:
-    """Keys that a query of a layer of the CPU backend sees, its own included; None: all."""
-    return None if impl.sliding_window == -1 else int(impl.sliding_window)
+    """Keys a query sees, its own included; None for all. GPU backends keep (window - 1, 0) or
+    (-1, -1), the CPU backend keeps the window or -1."""
+    window = impl.sliding_window
+    if window is None or isinstance(window, int):
+        return None if window is None or window < 0 else window
+    return None if window[0] < 0 else int(window[0]) + 1
 
 
 def key_layout(layer: TracedLayer) -> str:

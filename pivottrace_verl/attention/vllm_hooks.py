@@ -2,15 +2,16 @@
 
 `install` (from the `vllm.general_plugins` entry point, in every process of vLLM) wraps one class
 method, `WorkerWrapperBase.initialize_from_config`. When a worker has its KV cache, and the
-environment asks for capture, `cpu_capture.Capture` wraps instance attributes of that worker only.
-Set-ups that cannot be captured stop the engine at start with a sentence.
+environment asks for capture, instance attributes of that worker only are wrapped: by
+`device_capture.DeviceCapture` on a GPU, by `cpu_capture.Capture` on a CPU. Set-ups that cannot be
+captured stop the engine at start with a sentence.
 """
 
 import functools
 import logging
 import os
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pivottrace_verl.attention.config import (
     ENV_CAPTURE,
@@ -22,12 +23,21 @@ from pivottrace_verl.attention.config import (
 from pivottrace_verl.attention.cpu_capture import Capture
 from pivottrace_verl.attention.parts import divide
 from pivottrace_verl.attention.sender import Sender
-from pivottrace_verl.attention.support import check_engine, find_layers, find_witness, own_place
+from pivottrace_verl.attention.support import (
+    check_engine,
+    cpu_problem,
+    find_layers,
+    find_witness,
+    own_place,
+)
+
+if TYPE_CHECKING:
+    from pivottrace_verl.attention.device_capture import DeviceCapture
 
 logger = logging.getLogger(__name__)
 
 _MARK = "_pivottrace"
-_captures: "weakref.WeakSet[Capture]" = weakref.WeakSet()
+_captures: "weakref.WeakSet[Capture | DeviceCapture]" = weakref.WeakSet()
 
 
 def install() -> None:
@@ -60,13 +70,18 @@ def flush() -> None:
         capture.flush()
 
 
+def uses_kernel(runner: Any) -> bool:
+    """True where the statistics come from the Triton kernel and not from torch."""
+    return bool(runner.device.type != "cpu")
+
+
 def _asked_for() -> bool:
     return bool(os.environ.get(ENV_CAPTURE)) and os.environ.get(ENV_DISABLE) != "1"
 
 
-def attach(wrapper: Any, kv_cache_config: Any) -> Capture | None:
-    """Start capturing in a worker whose KV cache was just made; None if this worker has neither a
-    traced layer nor the logits.
+def attach(wrapper: Any, kv_cache_config: Any) -> "Capture | DeviceCapture | None":
+    """Start capturing in a worker whose KV cache was just made, before CUDA graphs are captured;
+    None if this worker has neither a traced layer nor the logits.
 
     Raises RuntimeError, which stops the engine, where capture was asked for and cannot be had.
     """
@@ -78,9 +93,18 @@ def attach(wrapper: Any, kv_cache_config: Any) -> Capture | None:
             )
     config = CaptureConfig.from_json(os.environ[ENV_CAPTURE])
     runner = wrapper.worker.model_runner
-    check_engine(wrapper.vllm_config, runner)
+    on_device = uses_kernel(runner)
+    if on_device:
+        # Imports Triton, which engines on a CPU do without.
+        from pivottrace_verl.attention import device_capture, device_layers
+
+        device_layers.check_device_engine(wrapper.vllm_config, runner)
+        problem = device_layers.device_problem(kv_cache_config)
+    else:
+        check_engine(wrapper.vllm_config, runner)
+        problem = cpu_problem(kv_cache_config)
     place = own_place()
-    layers = find_layers(wrapper.vllm_config, kv_cache_config, config, place)
+    layers = find_layers(wrapper.vllm_config, kv_cache_config, config, place, problem=problem)
     groups = [
         config.choose_heads(layer.n_heads * place.tensor_size, position)
         for position, layer in enumerate(layers)
@@ -96,7 +120,8 @@ def attach(wrapper: Any, kv_cache_config: Any) -> Capture | None:
     sender = Sender(
         os.environ[ENV_ENDPOINT], os.environ[ENV_TOKEN], config.wire, part if part.of > 1 else None
     )
-    capture = Capture(runner, kv_cache_config, layers, groups, config, sender, place, part, witness)
+    settings = (runner, kv_cache_config, layers, groups, config, sender, place, part, witness)
+    capture = device_capture.DeviceCapture(*settings) if on_device else Capture(*settings)
     capture.wrap()
     _captures.add(capture)
     info = capture.describe()

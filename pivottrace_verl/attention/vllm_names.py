@@ -21,6 +21,10 @@ class Name:
     instance: bool = False
     """True for an attribute that is only set on instances; the contract test reads the source of
     the class for `self.<name>`."""
+    mentions: str = ""
+    """What the source of a function must hold, as `ast.unparse` writes it."""
+    versions: str = ""
+    """Versions of vLLM it is for, as a specifier (">=0.28"); empty: all from 0.24 on."""
 
 
 NAMES = (
@@ -172,13 +176,26 @@ NAMES = (
         for field, why in (
             ("scale", "the softmax scale"),
             ("num_heads", "the number of query heads"),
-            ("isa", "the instruction set whose key layout is read, for messages"),
             ("is_fp8_kv_cache", "a quantised cache is refused"),
             ("sliding_window", "how many keys a query sees; -1 means all"),
             ("logits_soft_cap", "the soft cap of the scores; 0 means none"),
             ("alibi_slopes", "ALiBi is refused"),
             ("sinks", "learnt sinks are refused"),
         )
+    ),
+    Name(
+        "vllm.v1.attention.backends.cpu_attn:CPUAttentionBackendImpl.isa",
+        "the instruction set whose key layout is read, for messages",
+        "vllm/v1/attention/backends/cpu_attn.py",
+        instance=True,
+        versions="<0.29",
+    ),
+    Name(
+        "vllm.v1.attention.backends.cpu_attn:CPUAttentionMetadataBuilder._set_isa_to_layers",
+        "the instruction set whose key layout is read, for messages",
+        "vllm/v1/attention/backends/cpu_attn.py",
+        mentions="layer.isa = self.isa",
+        versions=">=0.29",
     ),
     *(
         Name(

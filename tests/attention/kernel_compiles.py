@@ -13,13 +13,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from pivottrace_verl.attention import kernel_code
+from pivottrace_verl.attention import kernel_code, kernel_tokens
 
 POINTERS = {
     "query": "*bf16",
     "slots": "*i64",
-    **dict.fromkeys(("key_scale", "state", "out", "sinks", "shares"), "*fp32"),
-    **dict.fromkeys(("starts", "lengths", "table", "prompts"), "*i32"),
+    **dict.fromkeys(("key_scale", "query_scale", "state", "out", "sinks", "shares"), "*fp32"),
+    **dict.fromkeys(("starts", "lengths", "table", "prompts", "responses", "written"), "*i32"),
     **dict.fromkeys(("scale", "soft_cap"), "fp32"),
 }
 CASES = {  # compute capability, keys
@@ -62,12 +62,23 @@ def main():
             "TILE": 64,
             "CAPPED": True,
             "SCALED_KEYS": keys == "*fp8e4nv",
+            "SCALED_QUERY": keys == "*fp8e4nv",
             "WIDE": False,
             "query_size": 1,
             "keys_size": 1,
         }
-        merge = {"HEADS": 28, "HEADS_PADDED": 32, "LEARNT_SINKS": True}
-        print(name, "walk", usage(compiled(kernel_code.walk, capability, walk | shared, keys=keys)))
+        merge = {"HEADS": 28, "HEADS_PADDED": 32, "LEARNT_SINKS": True, "TELLS": True}
+        print(
+            name,
+            "walk",
+            usage(compiled(kernel_code.walk, capability, walk | shared, keys=keys, query=keys)),
+        )
+        tokens = {"slots": "*i32", "owners": "*i32", "tokens": "*fp32", "owner": "*i32"}
+        code = compiled(
+            kernel_tokens.choices, capability, {"TILE": 4096, "logits_word": 1},
+            logits="*bf16", **tokens,
+        )  # fmt: skip
+        print(name, "choices", usage(code))
         print(name, "merge", usage(compiled(kernel_code.merge, capability, merge | shared)))
 
 

@@ -23,6 +23,7 @@ from pivottrace_verl.attention.reference import (
     group_heads,
     plan_rows,
     row_statistics,
+    token_statistics,
 )
 from pivottrace_verl.pivots import FEATURES
 
@@ -31,7 +32,7 @@ if find_spec("triton") is None:
 with pytest.MonkeyPatch.context() as patch:
     # Kernels are interpreted if this is set where they are defined...
     patch.setenv("TRITON_INTERPRET", "1")
-    from pivottrace_verl.attention.kernel import Batch, RowKernel, group_shares
+    from pivottrace_verl.attention.kernel import Batch, RowKernel, group_shares, write_tokens
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -83,6 +84,11 @@ class Case:
             table,
             torch.tensor(slots + [-1] * padding_tokens, dtype=torch.int64),
             torch.tensor([q[2] for q in requests] + [-1] * padding, dtype=torch.int32),
+            # Some go on with a response that the prompt begins.
+            torch.tensor(
+                [max(0, q[2] - 3 * (r % 2)) for r, q in enumerate(requests)] + [-1] * padding,
+                dtype=torch.int32,
+            ),
         )
         self.requests, self.block_size = requests, block_size
 
@@ -104,7 +110,7 @@ def expected(case, query, keys, rule, config, groups, rows_per_request=1, slidin
     plan = plan_rows(
         case.batch.table[requests],
         positions,
-        case.batch.prompts[requests],
+        case.batch.responses[requests],
         case.block_size,
         config,
         sliding_window,
@@ -228,6 +234,58 @@ def test_fp8_keys_are_read_with_their_scale(dtype):
     assert worst(fill(case, query, keys, RULE, CONFIG, GROUPS), wanted, CONFIG) < 2e-5
 
 
+def test_fp8_queries_are_read_with_their_scale():
+    case, query, keys = plain()
+    keys = StridedKeys((keys.view * 8).to(torch.float8_e4m3fn), torch.tensor(1 / 8))
+    query, scale = (query * 4).to(torch.float8_e4m3fn), torch.tensor(1 / 4)
+    wanted = expected(case, query.float() * scale, keys, RULE, CONFIG, GROUPS)
+    store = torch.full((case.n_slots, 1, len(FEATURES)), UNTOUCHED)
+    kernel = RowKernel(CONFIG, 4, 3, "cpu", splits=2, tile=16)
+    kernel(query, keys, RULE, case.batch, SHARES, store, query_scale=scale)
+    assert worst(store, wanted, CONFIG) < 2e-5
+
+
+def test_where_rows_were_written_is_told_and_nothing_of_the_others():
+    case, query, keys = plain((20, 9, 33))
+    case.batch.prompts[1] = -1
+    written = torch.full((3,), -1, dtype=torch.int32)
+    store = torch.full((case.n_slots, 1, len(FEATURES)), UNTOUCHED)
+    kernel = RowKernel(CONFIG, 4, 3, "cpu", splits=2, tile=16)
+    kernel(query, keys, RULE, case.batch, SHARES, store, written=written)
+    assert written.tolist() == [int(case.batch.slots[0]), -1, int(case.batch.slots[2])]
+
+
+@settings(max_examples=25, deadline=None, phases=[Phase.generate])
+@given(
+    n_words=st.integers(1, 90),
+    n_rows=st.integers(1, 4),
+    spread=st.sampled_from([0.0, 1.0, 30.0]),
+    masked=st.sampled_from([0.0, 0.5, 0.95]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    seed=st.integers(0, 1000),
+    data=st.data(),
+)
+def test_token_statistics_are_those_of_torch_at_the_rows_slots(
+    n_words, n_rows, spread, masked, dtype, seed, data
+):
+    g = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(n_rows, n_words + 7, generator=g) * spread + 3).to(dtype)[:, 7:]
+    mask = torch.rand(n_rows, n_words, generator=g) < masked
+    mask[:, data.draw(st.integers(0, n_words - 1))] = False
+    logits[mask] = -torch.inf
+    slots = torch.randperm(12, generator=g)[:n_rows].to(torch.int32)
+    asked = torch.tensor(data.draw(st.lists(st.booleans(), min_size=n_rows, max_size=n_rows)))
+    slots[~asked] = -1
+    tokens, owner = torch.full((12, 2), UNTOUCHED), torch.zeros(12, dtype=torch.int32)
+    write_tokens(logits, slots, torch.arange(5, 5 + n_rows).int(), tokens, owner, tile=16)
+    wanted, owners = torch.full((12, 2), UNTOUCHED), torch.zeros(12, dtype=torch.int32)
+    if bool(asked.any()):
+        wanted[slots[asked].long()] = token_statistics(logits.float())[asked]
+        owners[slots[asked].long()] = torch.arange(5, 5 + n_rows).int()[asked]
+    assert torch.equal(owner, owners)
+    torch.testing.assert_close(tokens, wanted, atol=2e-5, rtol=1e-6)
+
+
 def test_strided_queries_and_a_16_bit_store_are_fine():
     case, query, keys = plain()
     wanted = expected(case, query, keys, RULE, CONFIG, GROUPS)
@@ -297,5 +355,5 @@ def test_it_compiles_for_cuda_without_spilling_registers(tmp_path):
     )
     assert told.returncode == 0, told.stderr[-2000:]
     lines = told.stdout.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 6
     assert all("STACK:0 " in line for line in lines), told.stdout
