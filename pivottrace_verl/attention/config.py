@@ -2,7 +2,9 @@
 
 The owner of an engine sets the three environment variables below before the engine starts
 (`channel.Receiver.start` does); its worker processes inherit them. A single request opts in by
-`SamplingParams.extra_args = {"pivottrace": {"key": "<unique string>"}}`.
+`SamplingParams.extra_args = {"pivottrace": {"key": "<unique string>"}}`; one that goes on with a
+rollout, its prompt being prompt and tokens so far, adds the length of the first prompt as
+`"prompt_tokens"`, so that prompt and response are told apart as if it had been one request.
 """
 
 import dataclasses

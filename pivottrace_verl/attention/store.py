@@ -76,6 +76,9 @@ class Tracked:
     key: str
     owner: int
     prompt_length: int
+    response_start: int
+    """Position of the rollout's first generated token: `prompt_length`, or less where this request
+    goes on with a rollout that an earlier one began."""
     saved: list[tuple[np.ndarray, np.ndarray]] = field(default_factory=list)
     """Rows read at preemptions, in order."""
     missing_rows: int = 0
@@ -115,16 +118,19 @@ class Tracker:
         for req_id in list(self.requests):
             self._finish(req_id, states)
 
-    def rows_of(self, req_ids: Iterable[str]) -> tuple[np.ndarray, np.ndarray]:
-        """(prompt length, owner) of each request of a batch; owner NOBODY if it did not opt in."""
+    def rows_of(self, req_ids: Iterable[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(prompt length, response start, owner) of each request of a batch; owner NOBODY if it
+        did not opt in."""
         found = [self.requests.get(req_id) for req_id in req_ids]
         prompts = np.array([t.prompt_length if t else 0 for t in found], np.int64)
-        return prompts, np.array([t.owner if t else NOBODY for t in found], np.int32)
+        starts = np.array([t.response_start if t else 0 for t in found], np.int64)
+        return prompts, starts, np.array([t.owner if t else NOBODY for t in found], np.int32)
 
     def _start(self, new: Any) -> None:
         key = _key_of(new)
         if key is None:
             return
+        asked = new.sampling_params.extra_args[EXTRA_ARGS_NAME]
         if new.prompt_token_ids is None or new.req_id in self.requests:
             logger.warning(
                 "Request %s gets no attention trace: prompts given as embeddings and requests "
@@ -133,7 +139,9 @@ class Tracker:
             )
             self.requests.pop(new.req_id, None)
             return
-        self.requests[new.req_id] = Tracked(key, self._next_owner, len(new.prompt_token_ids))
+        length = len(new.prompt_token_ids)
+        start = min(int(asked.get("prompt_tokens", length)), length)
+        self.requests[new.req_id] = Tracked(key, self._next_owner, length, start)
         self._next_owner = self._next_owner % (2**31 - 1) + 1
 
     def _finish(self, req_id: str, states: Mapping[str, RequestState]) -> None:

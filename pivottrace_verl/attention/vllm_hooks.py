@@ -55,6 +55,10 @@ from pivottrace_verl.pivots import FEATURES
 logger = logging.getLogger(__name__)
 
 _MARK = "_pivottrace"
+_NO_BATCH: tuple[list[str], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = (
+    [],
+    (torch.empty(0), torch.empty(0), torch.empty(0)),
+)
 _LOGITS_CHUNK = 1 << 20
 """Logits read at once: few enough that what is made of them stays in the cache."""
 _captures: "weakref.WeakSet[Capture]" = weakref.WeakSet()
@@ -168,7 +172,7 @@ class Capture:
         self.tracker = Tracker(self.store, block_size, layers[0].group, sender.trace)
         self._expecting = False
         self._step: Step | None = None
-        self._batch: tuple[list[str], torch.Tensor, torch.Tensor] = ([], *[torch.empty(0)] * 2)
+        self._batch = _NO_BATCH
 
     def describe(self) -> dict[str, Any]:
         first, chosen = self.layers[0], self.config.heads
@@ -228,7 +232,7 @@ class Capture:
             scheduler_output.total_num_scheduled_tokens > 0
         )
         if scheduler_output.finished_req_ids or scheduler_output.scheduled_new_reqs:
-            self._batch = ([], *[torch.empty(0)] * 2)
+            self._batch = _NO_BATCH
 
     def record(
         self, position: int, query: torch.Tensor, kv_cache: torch.Tensor, metadata: Any
@@ -266,7 +270,7 @@ class Capture:
 
     def _begin(self, metadata: Any) -> Step | None:
         """Which queries of this step are rows; None when there are none."""
-        prompts, owners = self._batch_rows()
+        prompts, starts, owners = self._batch_rows()
         ends = metadata.query_start_loc[1 : len(owners) + 1]
         tokens = ends.to(torch.long) - 1
         positions = metadata.seq_lens[: len(owners)].to(torch.long) - 1
@@ -277,24 +281,25 @@ class Capture:
             batch = wanted.nonzero().squeeze(1)
             if len(batch) == 0:
                 return None
-            tokens, positions, prompts = tokens[batch], positions[batch], prompts[batch]
+            tokens, positions, starts = tokens[batch], positions[batch], starts[batch]
             table, owners = table[batch], owners[batch]
         kernel_block = self.layers[0].module.kv_cache.shape[2]
         return Step(
             batch=batch,
             tokens=tokens if batch is not None or metadata.max_query_len > 1 else None,
-            plan=plan_rows(table, positions, prompts, kernel_block, self.config),
+            plan=plan_rows(table, positions, starts, kernel_block, self.config),
             slots=metadata.slot_mapping[tokens].to(torch.long),
             owners=owners,
         )
 
-    def _batch_rows(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(prompt lengths, owners) in batch order; kept while the batch stays the same."""
+    def _batch_rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(prompt lengths, response starts, owners) in batch order; kept while the batch stays the
+        same."""
         req_ids = self.runner.input_batch.req_ids
         if req_ids != self._batch[0]:
-            prompts, owners = self.tracker.rows_of(req_ids)
-            self._batch = (list(req_ids), torch.from_numpy(prompts), torch.from_numpy(owners))
-        return self._batch[1], self._batch[2]
+            prompts, starts, owners = map(torch.from_numpy, self.tracker.rows_of(req_ids))
+            self._batch = (list(req_ids), (prompts, starts, owners))
+        return self._batch[1]
 
 
 def token_statistics(logits: torch.Tensor) -> torch.Tensor:

@@ -121,6 +121,7 @@ class Scenarios:
 
     def run(self):
         self.generate("plain", [self.prompt(n) for n in (1, 5, 17, 40)], 40)
+        self.resume(self.requests["plain"][2])
         long = [self.prompt(n) for n in (150, 200)]
         self.generate("long", long, 24)
         self.generate("prefix_cached", [[*p, 5, 6, 7] for p in long], 24)
@@ -132,6 +133,18 @@ class Scenarios:
         self.abort()
         self.greedy()
         self.preempt()
+
+    def resume(self, begun):
+        """Go on with a rollout after 15 of its tokens, as a request of its own."""
+        key, prompt = f"{self.name}/resumed/0", [*begun["prompt"], *begun["tokens"][:15]]
+        asked = {"key": key, "prompt_tokens": len(begun["prompt"])}
+        params = SamplingParams(
+            max_tokens=40, ignore_eos=True, detokenize=False, extra_args={"pivottrace": asked}
+        )
+        output = self.llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0]
+        vllm_hooks.flush()
+        self.note("resumed", key, prompt, list(output.outputs[0].token_ids))
+        self.requests["resumed"][0]["prompt_tokens"] = asked["prompt_tokens"]
 
     def abort(self):
         """Two requests, one aborted after some tokens; with chunked prompts a third, aborted

@@ -80,6 +80,23 @@ def test_every_token_has_its_row_and_it_equals_dense_attention(
     assert max(worst.values()) <= TOLERANCE, worst
 
 
+@models
+def test_a_rollout_that_goes_on_in_a_second_request_is_traced_as_if_it_were_one(runs, model):
+    (request,) = of(runs, model)["requests"]["resumed"]
+    first, prompt = request["prompt_tokens"], request["prompt"]
+    whole = replay(
+        runs.hf[model], prompt[:first], prompt[first:] + request["tokens"], CONFIGS[model]
+    )
+    done = len(prompt) - first
+    rest = Trace("", whole.stats[done:], whole.token_entropy[done:], whole.self_certainty[done:])
+    trace = trace_of(runs, request)
+    assert len(trace.stats) == len(request["tokens"]) == 40
+    assert max(compare(trace, rest, CONFIGS[model]).values()) <= TOLERANCE
+    # Told nothing of the first request, the second would take its tokens for the prompt's.
+    alone = replayed(runs, model, request)
+    assert compare(trace, alone, CONFIGS[model])["prompt_mass"] > 0.01
+
+
 def test_a_bfloat16_engine_correlates_with_float32_attention_or_is_refused(runs):
     refused = runs.llama["facts"].get("bfloat16")
     if refused:

@@ -51,7 +51,7 @@ class Engine:
         slots = torch.tensor([slot])
         for layer in range(2):
             self.store.write_layer(layer, slots, torch.full((1, 1, 1), value + layer / 2))
-        _, owners = self.tracker.rows_of([req_id])
+        *_, owners = self.tracker.rows_of([req_id])
         tokens = torch.tensor([[-value, 2 * value]])
         self.store.finish_rows(slots, tokens, torch.from_numpy(owners))
         state.output_token_ids.append(0)
@@ -145,9 +145,21 @@ def test_requests_that_do_not_ask_are_not_tracked():
     engine.add("b", prompt=1, blocks=[1], extra_args={"pivottrace": "key"})
     engine.add("c", prompt=1, blocks=[1], extra_args={"pivottrace": {"key": 3}})
     engine.add("d", prompt=2, blocks=[1])
-    prompts, owners = engine.tracker.rows_of(["a", "d", "b", "c"])
+    prompts, starts, owners = engine.tracker.rows_of(["a", "d", "b", "c"])
     assert owners.tolist() == [NOBODY, 1, NOBODY, NOBODY]
-    assert prompts.tolist() == [0, 2, 0, 0]
+    assert prompts.tolist() == starts.tolist() == [0, 2, 0, 0]
+
+
+def test_a_request_that_goes_on_with_a_rollout_has_its_own_rows_and_the_rollouts_prompt():
+    engine = Engine()
+    engine.add(
+        "a", prompt=6, blocks=[5, 2], extra_args={"pivottrace": {"key": "k", "prompt_tokens": 4}}
+    )
+    prompts, starts, _ = engine.tracker.rows_of(["a"])
+    assert (prompts.tolist(), starts.tolist()) == ([6], [4])
+    engine.decode("a", 6, 1.0)
+    engine.step(finished=["a"])
+    assert values(engine.sent["k"]) == ([1], 0)
 
 
 def test_children_of_one_request_send_under_keys_of_their_own():
