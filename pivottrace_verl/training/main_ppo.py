@@ -26,6 +26,8 @@ from pivottrace_verl.plugin import disabled
 from pivottrace_verl.training.launch import DIE_WITH_PARENT
 from pivottrace_verl.training.steering import SteeringConfig
 
+MODES = ("sync", "colocate_async", "separate_async")
+
 _Runner: Any = TaskRunnerV1.__ray_metadata__.modified_class
 
 
@@ -37,12 +39,12 @@ class PivotTaskRunner(_Runner):
         from verl.workers.rollout.replica import RolloutReplicaRegistry
 
         from pivottrace_verl.training.server import PivotReplica
-        from pivottrace_verl.training.trainer import PivotTrainerSync
+        from pivottrace_verl.training.trainer import TRAINERS
 
         # Only in this process, which runs nothing but this training: verl compares names such as
         # "vllm" and "sync" in many places, so the names stay and the classes behind them change.
         RolloutReplicaRegistry.register("vllm", lambda: PivotReplica)
-        trainer_base.TRAINER_REGISTRY["sync"] = PivotTrainerSync
+        trainer_base.TRAINER_REGISTRY.update(TRAINERS)
         super().run(config)
 
 
@@ -55,13 +57,18 @@ def check(config: DictConfig) -> None:
             "trainer.use_v1 must be true: PivotTrace extends verl's V1 trainer.",
         ),
         (
-            config.trainer.v1.trainer_mode != "sync",
-            f"trainer.v1.trainer_mode is {config.trainer.v1.trainer_mode!r}; only 'sync' is "
-            "supported by this version of PivotTrace.",
+            config.trainer.v1.trainer_mode not in MODES,
+            f"trainer.v1.trainer_mode is {config.trainer.v1.trainer_mode!r}, but must be one of "
+            f"{', '.join(MODES)}.",
         ),
         (
             rollout.name != "vllm",
             f"actor_rollout_ref.rollout.name is {rollout.name!r}; attention is captured in vLLM.",
+        ),
+        (
+            bool(rollout.disaggregation.enabled) and config.pivottrace.capture.enable,
+            "actor_rollout_ref.rollout.disaggregation.enabled must be false while attention is "
+            "captured: prefill and decoding would run in different engines.",
         ),
         (
             bool(config.reward.reward_model.enable),
@@ -146,8 +153,15 @@ def main(config: DictConfig) -> None:
     except PivotTraceError as error:
         # From another process, Ray wraps it in its own traceback.
         print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr, flush=True)
-        sys.stderr.flush()
         os._exit(2)
+    except ray.exceptions.RayActorError as error:
+        print(
+            f"error: the process that runs the training died, so training stops; started again, it "
+            f"goes on from the last checkpoint. {error}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
 
 
 if __name__ == "__main__":
