@@ -82,7 +82,7 @@ class Group:
             def decide() -> Verdict:
                 start = time.perf_counter()
                 verdict = judge(
-                    [TIMED_OUT if i["timed_out"] else i["pred"] or None for i in infos],
+                    [TIMED_OUT if i.get("timed_out") else i["pred"] or None for i in infos],
                     [float(info["score"]) for info in infos],
                     labeled=labeled,
                     kind=kind,
@@ -180,6 +180,12 @@ class PivotAgentLoopWorker(_Worker):
             raise RuntimeError(f"Rollout {session} of prompt {info['pt_id']} failed: {what}.")
         scored = last_turn(final)
         await self._compute_score([*outputs[:-1], scored], kwargs=kwargs)
+        if "pred" not in final.extra_fields.get("reward_extra_info", {}):
+            raise PivotTraceError(
+                "The reward function returned no 'pred', the answer that it read from the rollout "
+                "('' if there is none), so no vote can be taken; see "
+                "pivottrace_verl.training.reward."
+            )
         n_tokens, mean = generated(outputs)
         traced = rollout.summary(self._detector)
         logprob = mean if self._logprobs else None
@@ -213,7 +219,6 @@ class PivotAgentLoopWorker(_Worker):
             "n_tokens": n_tokens,
             "logprob": logprob,
             "failed": group.failed,
-            "policies": sorted(p for p in rollout.policies if p is not None),
             "vote_s": group.seconds / len(verdict.rewards),
         }
 

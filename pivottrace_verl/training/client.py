@@ -63,7 +63,6 @@ class Turn:
         part = output.extra_fields.pop("pivottrace", None)
         if output.token_ids:
             self.parts.append(part)
-            self._rollout.policies.add(output.extra_fields.get("global_steps"))
 
 
 class Rollout:
@@ -76,8 +75,6 @@ class Rollout:
         self.seed = seed
         """Of the first request; None: the engine's own."""
         self.requests = 0
-        self.policies: set[int | None] = set()
-        """Training steps whose weights generated tokens."""
         self._turns: list[Turn] = []
 
     def turn(self, prompt_tokens: int) -> Turn:

@@ -137,6 +137,8 @@ NAMES = (
     ),
     Name(
         "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer._wait_for_next_poll",
-        "sleeps `poll_interval`, which is shortened on small machines",
+        "sleeps `poll_interval`, shortened on small machines; the wait is bounded around it",
+        ("self", "partition_id", "last_debug_time"),
     ),
+    Name("vllm.v1.engine.async_llm:AsyncLLM.errored", "says that the engine of a server is dead"),
 )

@@ -47,17 +47,6 @@ class PivotTrainerMixin(PPOTrainer):
     train_dataloader_it: Any
 
     def _init_dataloader(self) -> None:
-        if self.config.data.dataloader_num_workers != 0:
-            raise PivotTraceError(
-                "data.dataloader_num_workers must be 0 with the triage curriculum (it is "
-                f"{self.config.data.dataloader_num_workers}): workers read prompts ahead, so the "
-                "curriculum would neither see results in time nor resume where it was."
-            )
-        if self.config.data.shuffle:
-            raise PivotTraceError(
-                "data.shuffle must be false: shuffling would undo the triage curriculum's order "
-                "(pivottrace.curriculum.order=random gives a shuffled one)."
-            )
         super()._init_dataloader()
         items, labelled = dataset_items(self.train_dataset)
         block: Any = OmegaConf.to_container(self.config.pivottrace, resolve=True)
@@ -98,8 +87,9 @@ class PivotTrainerMixin(PPOTrainer):
         wait = buffer._wait_for_next_poll
 
         def wait_and_look(partition: str, last_debug_time: float) -> Any:
-            done = (buffer.finished_keys[partition], buffer.failure_keys[partition])
-            patience.look((self.global_steps, partition, *map(frozenset, done)))
+            # Not the failures: asynchronous trainers put new prompts in their place, for ever.
+            finished = frozenset(buffer.finished_keys[partition])
+            patience.look((self.global_steps, partition, finished))
             return wait(partition, last_debug_time)
 
         buffer._wait_for_next_poll = wait_and_look
@@ -162,7 +152,7 @@ class PivotTrainerMixin(PPOTrainer):
         # Before the checkpoint is written, so that a resumed run knows what this step taught.
         ours, sentences = self.steering.end(self.global_steps, records)
         metrics.update(ours)
-        metrics.update(rollout_metrics(self.global_steps, records))
+        metrics["pivottrace/rollouts/failed"] = failed_rollouts(records)
         # Of all the step's mini-batches, which separate_async trains one by one.
         metrics.update(advantage_scales(*zip(*self._scaled, strict=True)))
         self._scaled = []
@@ -205,20 +195,9 @@ def tell(sentences: Sequence[str]) -> None:
         print(f"pivottrace: {sentence}", flush=True)
 
 
-def rollout_metrics(
-    step: int, records: Sequence[tuple[str, Mapping[str, Any]]]
-) -> dict[str, float]:
-    """Of the step's (group's key, record) pairs: `pivottrace/rollout/failed`, sessions that gave no
-    rollout to a group that has some; `resumed`, share of the rollouts that began under one step's
-    weights and ended under another's; `staleness`, mean number of steps by which the oldest weights
-    of a rollout were behind the newest."""
-    failed = {key: record["failed"] for key, record in records}
-    policies = [record["policies"] for _, record in records if record["policies"]]
-    out = {"pivottrace/rollout/failed": float(sum(failed.values()))}
-    if policies:
-        out["pivottrace/rollout/resumed"] = float(np.mean([len(p) > 1 for p in policies]))
-        out["pivottrace/rollout/staleness"] = float(np.mean([step - 1 - p[0] for p in policies]))
-    return out
+def failed_rollouts(records: Sequence[tuple[str, Mapping[str, Any]]]) -> float:
+    """Of (group's key, record) pairs: sessions that gave no rollout to a group that has some."""
+    return float(sum({key: record["failed"] for key, record in records}.values()))
 
 
 def advantage_scales(rows: Sequence[Any], routes: Sequence[str | None]) -> dict[str, float]:

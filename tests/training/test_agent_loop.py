@@ -97,12 +97,54 @@ def test_the_weight_that_a_rollout_arrives_with_is_that_of_its_vote() -> None:
     assert asyncio.run(run()) == [1.0, 1.0, 0.0]
 
 
-def test_the_mean_log_probability_is_over_what_the_policy_generated() -> None:
-    output = Output("7")
-    output.response_logprobs, output.response_mask = [-1.0, 0.0, -3.0], [1, 0, 1]
-    assert agent_loop.mean_logprob(output) == -2.0
-    output.response_logprobs = None
-    assert agent_loop.mean_logprob(output) is None
+def rollout(mask: list[int], logprobs: list[float] | None = None) -> Any:
+    """A real output of verl's; token i is i, after the prompt 100, 101."""
+    return agent_loop.AgentLoopOutput(
+        prompt_ids=[100, 101],
+        response_ids=list(range(len(mask))),
+        response_mask=mask,
+        response_logprobs=logprobs,
+        metrics={},
+        extra_fields={"from": "the engine"},
+    )
+
+
+def test_length_and_mean_log_probability_are_of_what_the_policy_generated() -> None:
+    turns = rollout([1, 0, 0, 1], [-1.0, 0.0, 0.0, -3.0])
+    assert agent_loop.generated([turns]) == (2, -2.0)
+    assert agent_loop.generated([turns, rollout([1], [-8.0])]) == (3, -4.0)
+    assert agent_loop.generated([rollout([1, 1])]) == (2, None)
+    assert agent_loop.generated([rollout([0], [0.0])]) == (0, None)
+
+
+@pytest.mark.parametrize(
+    ("mask", "left"),
+    [
+        ([1, 1, 1], [0, 1, 2]),
+        ([1, 1, 0, 0, 1, 1], [4, 5]),
+        ([1, 0, 1, 0, 1], [4]),
+        # What the chat's template adds after the last turn is not a turn of its own.
+        ([1, 0, 1, 1, 0], [2, 3]),
+        ([0, 1], [1]),
+    ],
+)
+def test_the_answer_is_read_from_the_last_turn_only(mask: list[int], left: list[int]) -> None:
+    output = rollout(mask)
+    last = agent_loop.last_turn(output)
+    assert last.response_ids == left and last.response_mask == [1] * len(left)
+    assert last.prompt_ids == [100, 101, *range(left[0])]
+    # The scorer's words end up where verl looks for them, and the rollout itself is as it was.
+    last.extra_fields["reward_extra_info"] = {"pred": "7"}
+    assert output.extra_fields["reward_extra_info"] == {"pred": "7"}
+    assert output.response_mask == mask and output.response_ids == list(range(len(mask)))
+
+
+def test_a_group_knows_how_many_sessions_failed() -> None:
+    group = agent_loop.Group(4)
+    for number in range(3):
+        group.arrive(number, Output("7"))
+    group.leave(3)
+    assert group.failed == 1 and group._complete.is_set()
 
 
 def test_request_seeds_depend_on_prompt_step_and_rollout_only() -> None:
