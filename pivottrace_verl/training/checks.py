@@ -48,7 +48,8 @@ def _refusals(config: DictConfig) -> tuple[tuple[bool, str], ...]:
     """(whether it is so, what is said)."""
     data, rollout, trainer = config.data, config.actor_rollout_ref.rollout, config.trainer
     capture = bool(config.pivottrace.capture.enable)
-    custom = rollout.custom
+    custom, model = rollout.custom, config.actor_rollout_ref.model
+    lora = model.lora_rank > 0 or model.lora.rank > 0
     return (
         (
             not trainer.use_v1,
@@ -83,6 +84,11 @@ def _refusals(config: DictConfig) -> tuple[tuple[bool, str], ...]:
             bool(rollout.disaggregation.enabled) and capture,
             "actor_rollout_ref.rollout.disaggregation.enabled must be false while attention is "
             "captured: prefill and decoding would run in different engines.",
+        ),
+        (
+            lora and not model.lora.merge and trainer.v1.trainer_mode == "separate_async",
+            "actor_rollout_ref.model.lora.merge must be true in separate_async: verl sends its "
+            "rollouts the base model's weights only, so they would never follow the adapter.",
         ),
         (
             bool(config.reward.reward_model.enable),

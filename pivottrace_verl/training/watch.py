@@ -61,7 +61,8 @@ class Watch:
         traceback: TracebackType | None,
     ) -> None:
         self._left.set()
-        signal.signal(signal.SIGINT, self._handler)
+        if self._handler is not None:
+            signal.signal(signal.SIGINT, self._handler)
         if error is None:
             self._ended.set()
             return
@@ -82,6 +83,8 @@ class Watch:
                 name = self._asked.pop(reference)
                 try:
                     ray.get(reference)
+                except ray.exceptions.ActorUnavailableError:
+                    continue  # a network that fails for a moment is no death
                 except (ray.exceptions.RayError, PivotTraceError) as error:
                     said = getattr(error, "cause", None)
                     why = str(said) if isinstance(said, PivotTraceError) else f"The {name} died."

@@ -168,3 +168,14 @@ def test_what_would_undo_the_curriculum_or_the_vote_is_refused(word: str, said: 
 @pytest.mark.parametrize("mode", checks.MODES)
 def test_all_of_verls_v1_trainers_are_accepted(mode: str) -> None:
     checks.check(composed(*RECIPE, TAU, f"trainer.v1.trainer_mode={mode}"))
+
+
+@pytest.mark.parametrize("rank", ["actor_rollout_ref.model.lora_rank=8",
+                                  "actor_rollout_ref.model.lora.rank=8"])  # fmt: skip
+def test_lora_is_accepted_where_rollouts_see_the_adapter(rank: str) -> None:
+    separate = "trainer.v1.trainer_mode=separate_async"
+    checks.check(composed(*RECIPE, TAU, rank))
+    with pytest.raises(PivotTraceError, match="would never follow the adapter"):
+        checks.check(composed(*RECIPE, TAU, rank, separate))
+    merged = "actor_rollout_ref.model.lora.merge=true"
+    checks.check(composed(*RECIPE, TAU, rank, separate, merged))
