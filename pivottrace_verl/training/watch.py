@@ -31,7 +31,7 @@ from pivottrace_verl.errors import PivotTraceError
 POLL_S = 2.0
 """Seconds between two rounds."""
 GRACE_S = 60.0
-"""Seconds that an interrupted main thread has to come out; then the process ends."""
+"""Seconds that an interrupted main thread has to leave the block; then the process ends."""
 
 
 class Watch:
@@ -43,7 +43,6 @@ class Watch:
         """Name of a process -> asks it for a sign of life and returns Ray's reference to it."""
         self._asked: dict[Any, str] = {}
         self._left = threading.Event()
-        self._ended = threading.Event()
         self._lock = threading.Lock()
         self._said: str | None = None
         self._thread = threading.Thread(target=self._run, name="pivottrace-watch", daemon=True)
@@ -64,14 +63,12 @@ class Watch:
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
         if error is None:
-            self._ended.set()
             return
         if self._said is None and not isinstance(error, PivotTraceError):
             # verl may meet the dead process before the next round does.
             self.look(timeout=POLL_S)
         if self._said is not None:
             raise PivotTraceError(self._said) from error
-        self._ended.set()
 
     def look(self, timeout: float = 0.0) -> str | None:
         """Collect signs of life and ask for the next; the sentence to end with, if one is dead."""
@@ -104,11 +101,11 @@ class Watch:
         deadline = time.monotonic() + GRACE_S
         main = threading.main_thread().ident
         # Again and again: asyncio takes the first for a request to cancel.
-        while not self._left.is_set() and time.monotonic() < deadline and main is not None:
+        while main is not None and not self._left.is_set():
+            if time.monotonic() > deadline:
+                os._exit(1)
             signal.pthread_kill(main, signal.SIGINT)
             self._left.wait(POLL_S)
-        if not self._ended.wait(max(0.0, deadline - time.monotonic())):
-            os._exit(1)
 
 
 class Patience:
