@@ -106,12 +106,14 @@ def test_an_agent_loop_of_two_turns_is_traced_whole_and_its_tool_never_answers(
         f"{agent}.default_agent_loop=two",
         "trainer.total_training_steps=2",
     )
-    assert len(trained(one)) == 2
-    for step in (1, 2):
-        lines = (one.folder / "rollouts" / f"{step}.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
-        assert all(two_turns.TOOL_SAYS.strip() in row["output"] for row in rows)
-        assert not any(row["pred"] == "1" for row in rows)
+    steps = trained(one)
+    assert len(steps) == 2
+    for number, step in enumerate(steps, 1):
+        lines = (one.folder / "rollouts" / f"{number}.jsonl").read_text().splitlines()
+        outputs = [json.loads(line)["output"] for line in lines]
+        assert all(two_turns.TOOL_SAYS.strip() in output for output in outputs)
+        # Were the tool's words an answer, every group would agree on it.
+        assert step["pivottrace/self_train/agreement"] < 1.0
 
 
 def test_lora_trains(job: Callable[..., Job]) -> None:
