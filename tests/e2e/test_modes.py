@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pivottrace_verl.curriculum import ROUTES
 from tests.e2e import two_turns
 from tests.e2e.verl_job import Job, prepare
 
@@ -43,8 +44,9 @@ def trained(job: Job) -> list[dict[str, Any]]:
     for step in steps:
         assert step["pivottrace/capture/traced"] == 32 and step["pivottrace/capture/missed"] == 0
         assert step["pivottrace/rollouts/failed"] == 0
-        assert step["pivottrace/annotate/prompts"] + step["pivottrace/self_train/prompts"] == 8
-        assert step["pivottrace/self_train/pivot_density"] > 0
+        routes = [name for name in ROUTES if f"pivottrace/{name}/prompts" in step]
+        assert sum(step[f"pivottrace/{name}/prompts"] for name in routes) == 8
+        assert all(f"pivottrace/{name}/pivot_density" in step for name in routes)
     return steps
 
 
@@ -85,6 +87,8 @@ def test_separate_async_trains_with_rollouts_in_a_process_of_their_own(
         "actor_rollout_ref.rollout.nnodes=1",
         "actor_rollout_ref.rollout.n_gpus_per_node=1",
         "actor_rollout_ref.hybrid_engine=False",
+        # verl 0.9.1 logs this setting with an argument that loggers do not take.
+        "+ray_kwargs.ray_init.runtime_env.env_vars.VERL_LOGGING_LEVEL=WARN",
         f"{engine}.backend=file",
         f"{engine}.custom_backend_module=pivottrace_verl.cpu.weights",
         "ray_kwargs.ray_init.num_gpus=2",
@@ -92,7 +96,7 @@ def test_separate_async_trains_with_rollouts_in_a_process_of_their_own(
     )
     steps = trained(one)
     assert len(steps) == 3
-    # Each batch is trained in two halves; the trainer's weights must reach the other process.
+    # The trainer's weights reach the other process: what it generates follows them.
     assert max(step["training/rollout_probs_diff_mean"] for step in steps) < 0.05
 
 
