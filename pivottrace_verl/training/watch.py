@@ -48,8 +48,9 @@ class Watch:
         self._thread = threading.Thread(target=self._run, name="pivottrace-watch", daemon=True)
 
     def __enter__(self) -> Watch:
-        # Ray's workers may have changed it, and only KeyboardInterrupt comes out of `ray.get`.
+        # Ray's workers block it, and only KeyboardInterrupt comes out of `ray.get`.
         self._handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         self._thread.start()
         return self
 
@@ -60,6 +61,7 @@ class Watch:
         traceback: TracebackType | None,
     ) -> None:
         self._left.set()
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
         if error is None:

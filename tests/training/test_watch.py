@@ -79,11 +79,14 @@ def test_a_process_that_is_killed_ends_whatever_the_main_thread_waits_for(
     killer = threading.Timer(3.0, os.kill, (pid, signal.SIGKILL))
     start = time.monotonic()
     before = signal.getsignal(signal.SIGINT)
+    # As in the main thread of Ray's workers.
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     said = r"The agent-loop worker 1 died\. Rollouts were lost"
     with pytest.raises(PivotTraceError, match=said), watch.Watch(signs):
         killer.start()
         WAITS[wait](lives)
     assert time.monotonic() - start < 30
+    assert signal.SIGINT in signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     assert signal.getsignal(signal.SIGINT) is before
 
 
