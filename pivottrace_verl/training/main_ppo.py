@@ -1,8 +1,10 @@
 """`python -m pivottrace_verl.training.main_ppo`: verl's `main_ppo` with PivotTrace switched on.
 
-Every verl option stays overridable; ours live in the `pivottrace:` block of
-`config/pivottrace_trainer.yaml`. With `PIVOTTRACE_DISABLE=1` this runs stock verl on the same
-configuration, which is refused if some prompts have no label, because stock verl cannot vote.
+Take the command line of a verl recipe and change the module's name: every verl option stays
+overridable, and ours live in the `pivottrace:` block of `config/plugin/pivottrace.yaml`, which says
+how a recipe with a configuration file of its own takes it up. With `PIVOTTRACE_DISABLE=1` this runs
+stock verl on the same configuration, which is refused if some prompts have no label, because stock
+verl cannot vote.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 
 import hydra
 import ray
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
@@ -23,8 +25,8 @@ from verl.utils.device import auto_set_device
 
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.plugin import disabled
+from pivottrace_verl.training.checks import check
 from pivottrace_verl.training.launch import DIE_WITH_PARENT
-from pivottrace_verl.training.steering import SteeringConfig
 
 _Runner: Any = TaskRunnerV1.__ray_metadata__.modified_class
 
@@ -37,60 +39,13 @@ class PivotTaskRunner(_Runner):
         from verl.workers.rollout.replica import RolloutReplicaRegistry
 
         from pivottrace_verl.training.server import PivotReplica
-        from pivottrace_verl.training.trainer import PivotTrainerSync
+        from pivottrace_verl.training.trainer import TRAINERS
 
         # Only in this process, which runs nothing but this training: verl compares names such as
         # "vllm" and "sync" in many places, so the names stay and the classes behind them change.
         RolloutReplicaRegistry.register("vllm", lambda: PivotReplica)
-        trainer_base.TRAINER_REGISTRY["sync"] = PivotTrainerSync
+        trainer_base.TRAINER_REGISTRY.update(TRAINERS)
         super().run(config)
-
-
-def check(config: DictConfig) -> None:
-    """Refuse settings under which the triage curriculum or the vote would quietly not happen."""
-    rollout = config.actor_rollout_ref.rollout
-    for wrong, sentence in (
-        (
-            not config.trainer.use_v1,
-            "trainer.use_v1 must be true: PivotTrace extends verl's V1 trainer.",
-        ),
-        (
-            config.trainer.v1.trainer_mode != "sync",
-            f"trainer.v1.trainer_mode is {config.trainer.v1.trainer_mode!r}; only 'sync' is "
-            "supported by this version of PivotTrace.",
-        ),
-        (
-            rollout.name != "vllm",
-            f"actor_rollout_ref.rollout.name is {rollout.name!r}; attention is captured in vLLM.",
-        ),
-        (
-            bool(config.reward.reward_model.enable),
-            "reward.reward_model.enable must be false: votes are taken over extracted answers.",
-        ),
-        (
-            rollout.n < 2,
-            f"actor_rollout_ref.rollout.n is {rollout.n}; a vote needs at least 2 rollouts.",
-        ),
-        (
-            config.pivottrace.capture.enable and config.pivottrace.detector.tau is None,
-            "pivottrace.detector.tau is not set: take the detector that `pivottrace score` froze "
-            "in manifest.json, or set pivottrace.capture.enable=false.",
-        ),
-    ):
-        if wrong:
-            raise PivotTraceError(sentence)
-    block: Any = OmegaConf.to_container(config.pivottrace, resolve=True)
-    vote = SteeringConfig.of(block, config.data.train_batch_size, rollout.n).vote
-    if vote.kind == "weighted" and vote.weight == "pivots" and not block["capture"]["enable"]:
-        raise PivotTraceError(
-            "pivottrace.vote.weight is pivots, but pivottrace.capture.enable is false, so no "
-            "rollout's pivots are known."
-        )
-    if vote.kind == "weighted" and vote.weight == "certainty" and not rollout.calculate_log_probs:
-        raise PivotTraceError(
-            "pivottrace.vote.weight is certainty, which needs "
-            "actor_rollout_ref.rollout.calculate_log_probs=true."
-        )
 
 
 def stock(config: DictConfig) -> DictConfig:
@@ -146,8 +101,15 @@ def main(config: DictConfig) -> None:
     except PivotTraceError as error:
         # From another process, Ray wraps it in its own traceback.
         print(f"error: {getattr(error, 'cause', error)}", file=sys.stderr, flush=True)
-        sys.stderr.flush()
         os._exit(2)
+    except ray.exceptions.RayActorError as error:
+        print(
+            f"error: the process that runs the training died, so training stops; started again, it "
+            f"goes on from the last checkpoint. {error}",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(1)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ class Name:
 
 _WORKER = "verl.trainer.ppo.v1.agent_loop_tq:AgentLoopWorkerTQ.__ray_metadata__.modified_class"
 _TRAINER = "verl.trainer.ppo.v1.trainer_base:PPOTrainer"
+_CLIENTS = "verl.workers.rollout.llm_server"
 _SERVER = "verl.workers.rollout.vllm_rollout.vllm_async_server"
 
 NAMES = (
@@ -66,10 +67,51 @@ NAMES = (
     Name(f"{_TRAINER}.step", "records are read at its end", ("self", "metrics", "timing_raw")),
     Name(f"{_TRAINER}.on_init_end", "the poll interval is set after it", ("self",)),
     Name(
-        "verl.trainer.ppo.v1.trainer_base:TRAINER_REGISTRY",
-        "the class behind the trainer mode sync is replaced in the task runner's process",
+        f"{_TRAINER}.on_train_begin",
+        "the asynchronous trainers draw their first prompts in it",
+        ("self",),
     ),
-    Name("verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync", "the trainer that is extended"),
+    Name(f"{_TRAINER}.fit", "the processes are watched around it", ("self", "agent_loop_manager")),
+    Name(f"{_TRAINER}.get_llm_client", "returns the client that gathers traces", ("self",)),
+    Name(f"{_TRAINER}.get_reward_handles", "the reward workers are watched", ("self",)),
+    Name(f"{_TRAINER}._rollout_server_managers", "their servers are watched", ("self",)),
+    Name(
+        "verl.trainer.ppo.v1.trainer_base:TRAINER_REGISTRY",
+        "the classes behind the trainer modes are replaced in the task runner's process",
+    ),
+    Name("verl.trainer.ppo.v1.trainer_sync:PPOTrainerSync", "a trainer that is extended"),
+    Name(
+        "verl.trainer.ppo.v1.trainer_colocate_async:PPOTrainerColocateAsync.get_llm_client",
+        "a trainer that is extended; its client is that of `llm_server_manager`",
+        ("self",),
+    ),
+    Name(
+        "verl.trainer.ppo.v1.trainer_separate_async:PPOTrainerSeparateAsync.get_llm_client",
+        "a trainer that is extended; its client is that of `standalone_server_manager`",
+        ("self",),
+    ),
+    Name(
+        f"{_CLIENTS}:LLMServerManager.get_client",
+        "makes a client of our class",
+        ("self", "client_cls"),
+    ),
+    Name(f"{_CLIENTS}:LLMServerManager.get_replicas", "their servers are watched", ("self",)),
+    Name(
+        f"{_CLIENTS}:LLMServerClient.generate",
+        "one engine request; its trace is taken out of the answer",
+        ("self", "request_id", "prompt_ids", "sampling_params"),
+    ),
+    Name(
+        f"{_CLIENTS}:FullyAsyncLLMServerClient.generate",
+        "calls the next class's `generate` for each request, further arguments passed on, until "
+        "one is not aborted",
+        ("self", "request_id", "prompt_ids", "sampling_params"),
+    ),
+    Name(
+        "verl.experimental.agent_loop.agent_loop:AgentLoopManager._init_agent_loop_workers",
+        "starts `agent_loop_workers`, which are watched",
+        ("self",),
+    ),
     Name(
         "verl.trainer.main_ppo:TaskRunnerV1.__ray_metadata__.modified_class.run",
         "trainer and replica are swapped in before it",
@@ -95,6 +137,8 @@ NAMES = (
     ),
     Name(
         "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer._wait_for_next_poll",
-        "sleeps `poll_interval`, which is shortened on small machines",
+        "sleeps `poll_interval`, shortened on small machines; the wait is bounded around it",
+        ("self", "partition_id", "last_debug_time"),
     ),
+    Name("vllm.v1.engine.async_llm:AsyncLLM.errored", "says that the engine of a server is dead"),
 )

@@ -14,7 +14,8 @@ from tensordict import TensorDict
 def records(batch: Any) -> list[tuple[str, dict[str, Any]]]:
     """(uid, record) of every real trajectory of the batch; padding rows are skipped.
 
-    A record is what `agent_loop` left under `extra_fields["pivottrace"]`.
+    A record is what `agent_loop` left under `extra_fields["pivottrace"]`; of a rollout in several
+    trajectories only the last has a whole one.
     """
     keys = [k for k, t in zip(batch.keys, batch.tags, strict=True) if not t.get("is_padding")]
     data = tq.kv_batch_get(
@@ -24,7 +25,7 @@ def records(batch: Any) -> list[tuple[str, dict[str, Any]]]:
     return [
         (key.split("_", 1)[0], extra["pivottrace"])
         for key, extra in zip(keys, fields, strict=True)
-        if "pivottrace" in extra
+        if "reward" in extra.get("pivottrace", {})
     ]
 
 

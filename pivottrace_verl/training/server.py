@@ -1,9 +1,9 @@
-"""verl's vLLM server, returning the attention trace's summary with each rollout that asked for it.
+"""verl's vLLM server, returning what pivots are found in with each request that asked for it.
 
-The engine's workers push raw traces to this process (`attention.channel`); here pivots are found
-with the run's frozen detector, and only a few numbers travel on through
-`TokenOutput.extra_fields["pivottrace"]`. A trace that does not arrive within the bounded wait is
-reported as `traced: False`, never invented.
+The engine's workers push raw traces to this process (`attention.channel`); here they become the one
+signal that the run's frozen detector follows, a number a token, which travels on through
+`TokenOutput.extra_fields["pivottrace"]` and is joined with the rollout's other requests by the
+client. A trace that does not arrive within the bounded wait is None there, never invented.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, 
 from pivottrace_verl.attention.channel import Receiver, Trace
 from pivottrace_verl.attention.config import CaptureConfig
 from pivottrace_verl.errors import PivotTraceError
-from pivottrace_verl.pivots import DetectorConfig, find_pivots
+from pivottrace_verl.pivots import DetectorConfig, signal
 
 
 class PivotVLLMServer(vLLMHttpServer):
@@ -67,20 +67,28 @@ class PivotVLLMServer(vLLMHttpServer):
             trace = await self._pt_receiver.aget(
                 asked["key"], n_tokens=len(output.token_ids), timeout=self._pt_timeout
             )
-            output.extra_fields["pivottrace"] = summarise(trace, self._pt_detector)
+            output.extra_fields["pivottrace"] = part_of(trace, self._pt_detector)
         return output
 
+    async def pivottrace_watch(self, seconds: float) -> None:
+        """Return after so many seconds; raise PivotTraceError at once when the engine is dead."""
+        for _ in range(max(1, round(seconds))):
+            # Other nodes of a replica have no engine of their own.
+            if self.node_rank == 0 and self.engine.errored:
+                raise PivotTraceError(
+                    f"The vLLM engine of rollout replica {self.replica_rank} died."
+                )
+            await asyncio.sleep(1.0)
 
-def summarise(trace: Trace | None, detector: DetectorConfig) -> dict[str, Any]:
-    """What a rollout carries of its trace: `traced`, `pivots`, `pivot_density`, `entropy`."""
+
+def part_of(trace: Trace | None, detector: DetectorConfig) -> dict[str, Any] | None:
+    """Of one request's trace `signal` [T], the feature that the detector follows, and
+    `entropy_sum` (nats); None without a trace."""
     if trace is None:
-        return {"traced": False}
-    pivots = find_pivots(trace.stats, detector)
+        return None
     return {
-        "traced": True,
-        "pivots": len(pivots),
-        "pivot_density": len(pivots) / len(trace.stats),
-        "entropy": float(trace.token_entropy.mean()),
+        "signal": signal(trace.stats, detector),
+        "entropy_sum": float(trace.token_entropy.sum(dtype="float64")),
     }
 
 

@@ -5,13 +5,19 @@ its rows say (`_init_dataloader`), advantages scaled by route (`_compute_advanta
 group's reward would cancel under GRPO's normalisation), labels that arrive (`prepare_step`), and
 what each step teaches and reports (`step`). What is decided there, `steering` decides. Checkpoints,
 logging and validation are verl's.
+
+In the asynchronous trainers prompts are drawn ahead (`num_warmup_batches`), so what a step teaches
+reaches the order after those. A prompt keeps the route and the label that it was drawn with. Drawn
+and not yet trained at a checkpoint, it waits in verl's own store, which the checkpoint holds beside
+the curriculum's place, and is generated anew.
 """
 
 from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,14 +27,18 @@ import torch
 from omegaconf import OmegaConf
 from torchdata.stateful_dataloader import StatefulDataLoader
 from verl.trainer.ppo.v1.trainer_base import PPOTrainer
+from verl.trainer.ppo.v1.trainer_colocate_async import PPOTrainerColocateAsync
+from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.dataset.rl_dataset import collate_fn
 
 from pivottrace_verl.curriculum import ROUTES, Items
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.training import queue
+from pivottrace_verl.training.client import PivotAsyncClient, PivotClient
 from pivottrace_verl.training.sampler import CurriculumSampler
 from pivottrace_verl.training.steering import Steering, SteeringConfig
+from pivottrace_verl.training.watch import POLL_S, Patience, Watch
 
 
 class PivotTrainerMixin(PPOTrainer):
@@ -37,24 +47,13 @@ class PivotTrainerMixin(PPOTrainer):
     train_dataloader_it: Any
 
     def _init_dataloader(self) -> None:
-        if self.config.data.dataloader_num_workers != 0:
-            raise PivotTraceError(
-                "data.dataloader_num_workers must be 0 with the triage curriculum (it is "
-                f"{self.config.data.dataloader_num_workers}): workers read prompts ahead, so the "
-                "curriculum would neither see results in time nor resume where it was."
-            )
-        if self.config.data.shuffle:
-            raise PivotTraceError(
-                "data.shuffle must be false: shuffling would undo the triage curriculum's order "
-                "(pivottrace.curriculum.order=random gives a shuffled one)."
-            )
         super()._init_dataloader()
         items, labelled = dataset_items(self.train_dataset)
         block: Any = OmegaConf.to_container(self.config.pivottrace, resolve=True)
         batch_size, n = self.config.data.train_batch_size, self.config.actor_rollout_ref.rollout.n
         config = SteeringConfig.of(block, batch_size, n)
         self.steering = Steering(items, labelled, config, self._prompts)
-        self._scales: dict[str, float] = {}
+        self._scaled: list[tuple[torch.Tensor, str | None]] = []
         self.train_dataloader = StatefulDataLoader(
             dataset=self.train_dataset,
             batch_size=self.config.data.get("gen_batch_size") or self.config.data.train_batch_size,
@@ -80,16 +79,53 @@ class PivotTrainerMixin(PPOTrainer):
 
     def on_init_end(self) -> None:
         super().on_init_end()
-        if self.config.pivottrace.poll_interval_s is not None:
+        buffer, settings = self.replay_buffer, self.config.pivottrace
+        if settings.poll_interval_s is not None:
             # verl looks every 2 seconds, which is most of a step where steps take seconds.
-            self.replay_buffer.poll_interval = float(self.config.pivottrace.poll_interval_s)
+            buffer.poll_interval = float(settings.poll_interval_s)
+        patience = Patience(settings.stall_timeout_s)
+        wait = buffer._wait_for_next_poll
 
-    def prepare_step(self) -> Any:
+        def wait_and_look(partition: str, last_debug_time: float) -> Any:
+            # Not the failures: asynchronous trainers put new prompts in their place, for ever.
+            finished = frozenset(buffer.finished_keys[partition])
+            patience.look((self.global_steps, partition, finished))
+            return wait(partition, last_debug_time)
+
+        buffer._wait_for_next_poll = wait_and_look
+
+    def fit(self, agent_loop_manager: Any) -> None:
+        with Watch(self._signs_of_life(agent_loop_manager)):
+            super().fit(agent_loop_manager)
+
+    def _signs_of_life(self, agent_loop_manager: Any) -> dict[str, Callable[[], Any]]:
+        """Every process that a rollout passes through."""
+        signs: dict[str, Callable[[], Any]] = {}
+        for i, worker in enumerate(agent_loop_manager.agent_loop_workers):
+            signs[f"agent-loop worker {i}"] = worker.__ray_ready__.remote
+        for i, worker in enumerate(self.get_reward_handles() or ()):
+            signs[f"reward worker {i}"] = worker.__ray_ready__.remote
+        for manager in self._rollout_server_managers():
+            for replica in manager.get_replicas():
+                for i, server in enumerate(replica.servers):
+                    name = f"vLLM server {i} of rollout replica {replica.replica_rank}"
+                    signs[name] = partial(server.pivottrace_watch.remote, POLL_S)
+        return signs
+
+    def on_train_begin(self) -> None:
+        # The asynchronous trainers draw their first prompts here.
+        self._take_in()
+        super().on_train_begin()
+
+    def _take_in(self) -> None:
+        """The checkpoint's state and the labels that arrived, before prompts are drawn."""
         if self.train_dataloader_it is None:
             # A checkpoint's state is only taken in when the loader's iterator is made.
             self.train_dataloader_it = iter(self.train_dataloader)
-        # Before the step's prompts are drawn, so that a label that arrived is used from here on.
         tell(self.steering.begin(self.global_steps))
+
+    def prepare_step(self) -> Any:
+        self._take_in()
         return super().prepare_step()
 
     def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
@@ -103,7 +139,7 @@ class PivotTrainerMixin(PPOTrainer):
         weights = [r["weight"] * by_route[r["route"]] if r else 1.0 for r in records]
         advantages = list(queue.column(batch, "advantages").unbind())
         scaled = [row * weight for row, weight in zip(advantages, weights, strict=True)]
-        self._scales = advantage_scales(scaled, [record.get("route") for record in records])
+        self._scaled += zip(scaled, [record.get("route") for record in records], strict=True)
         if not all(weight == 1.0 for weight in weights):
             nested = torch.nested.as_nested_tensor(scaled, layout=torch.jagged)
             batch = queue.put(batch, queue.columns(advantages=nested))
@@ -112,10 +148,14 @@ class PivotTrainerMixin(PPOTrainer):
 
     def step(self, metrics: dict, timing_raw: dict) -> Any:
         batch = super().step(metrics, timing_raw)
+        records = queue.records(batch)
         # Before the checkpoint is written, so that a resumed run knows what this step taught.
-        ours, sentences = self.steering.end(self.global_steps, queue.records(batch))
+        ours, sentences = self.steering.end(self.global_steps, records)
         metrics.update(ours)
-        metrics.update(self._scales)
+        metrics["pivottrace/rollouts/failed"] = failed_rollouts(records)
+        # Of all the step's mini-batches, which separate_async trains one by one.
+        metrics.update(advantage_scales(*zip(*self._scaled, strict=True)))
+        self._scaled = []
         tell(sentences)
         return batch
 
@@ -123,11 +163,41 @@ class PivotTrainerMixin(PPOTrainer):
 class PivotTrainerSync(PivotTrainerMixin, PPOTrainerSync):
     """The synchronous V1 trainer with PivotTrace switched on."""
 
+    def get_llm_client(self) -> Any:
+        return self.llm_server_manager.get_client(client_cls=PivotClient)
+
+
+class PivotTrainerColocateAsync(PivotTrainerMixin, PPOTrainerColocateAsync):
+    """The asynchronous V1 trainer that shares its devices with the rollouts, PivotTrace on."""
+
+    def get_llm_client(self) -> Any:
+        return self.llm_server_manager.get_client(client_cls=PivotAsyncClient)
+
+
+class PivotTrainerSeparateAsync(PivotTrainerMixin, PPOTrainerSeparateAsync):
+    """The asynchronous V1 trainer with rollouts on devices of their own, PivotTrace on."""
+
+    def get_llm_client(self) -> Any:
+        return self.standalone_server_manager.get_client(client_cls=PivotAsyncClient)
+
+
+TRAINERS: dict[str, type[PPOTrainer]] = {
+    "sync": PivotTrainerSync,
+    "colocate_async": PivotTrainerColocateAsync,
+    "separate_async": PivotTrainerSeparateAsync,
+}
+"""By verl's `trainer.v1.trainer_mode`."""
+
 
 def tell(sentences: Sequence[str]) -> None:
     """Into the job's log, as verl prints its own: loggers are muted by what the job imports."""
     for sentence in sentences:
         print(f"pivottrace: {sentence}", flush=True)
+
+
+def failed_rollouts(records: Sequence[tuple[str, Mapping[str, Any]]]) -> float:
+    """Of (group's key, record) pairs: sessions that gave no rollout to a group that has some."""
+    return float(sum({key: record["failed"] for key, record in records}.values()))
 
 
 def advantage_scales(rows: Sequence[Any], routes: Sequence[str | None]) -> dict[str, float]:

@@ -140,6 +140,22 @@ def test_the_scale_of_the_advantages_is_by_route_and_leaves_padding_out() -> Non
     }
 
 
+def test_failed_sessions_are_counted_once_a_group() -> None:
+    records = [("a", {"failed": 2}), ("a", {"failed": 2}), ("b", {"failed": 0})]
+    assert trainer.failed_rollouts(records) == 2.0
+
+
+@pytest.mark.parametrize("mode", ["sync", "colocate_async", "separate_async"])
+def test_every_trainer_of_verls_is_ours_first_and_then_its_own(mode: str) -> None:
+    from verl.trainer.ppo.v1 import get_trainer_cls
+
+    theirs, ours = get_trainer_cls(mode), trainer.TRAINERS[mode]
+    assert issubclass(ours, theirs)
+    # Both have a say in when training begins, ours first: prompts are drawn there.
+    order = ours.__mro__
+    assert order.index(trainer.PivotTrainerMixin) < order.index(theirs)
+
+
 def test_what_is_told_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     trainer.tell(["Routes moved."])
     assert capsys.readouterr().out == "pivottrace: Routes moved.\n"

@@ -1,0 +1,1 @@
+"""Configuration of the training job; a package, so that Hydra finds it as `pkg://`."""
