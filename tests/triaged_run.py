@@ -14,7 +14,7 @@ P, N = 40, 16
 WHO = {"annotator": "ana", "source_file": "f"}
 
 
-def make_run(path: Path, hidden: str = "41") -> RunDir:
+def make_run(path: Path, hidden: str = "41", prompt: str = "=What is {i} and one?") -> RunDir:
     """A triaged pool whose first 16 prompts are probes; `hidden` stands in the incoming file where
     nobody may look."""
     model = path / "model"
@@ -23,7 +23,7 @@ def make_run(path: Path, hidden: str = "41") -> RunDir:
     (model / "w.safetensors").write_bytes(b"w")
     rows = [
         {
-            "prompt": [{"role": "user", "content": f"=What is {i} and one?"}],
+            "prompt": [{"role": "user", "content": prompt.format(i=i)}],
             "data_source": "sums",
             "reward_model": {"ground_truth": hidden},
         }
@@ -38,9 +38,11 @@ def make_run(path: Path, hidden: str = "41") -> RunDir:
     return run
 
 
-def make_trainable_run(path: Path, policy: Path, data: Path) -> RunDir:
+def make_trainable_run(
+    path: Path, policy: Path, data: Path, *, all_labelled: bool = False
+) -> RunDir:
     """The quickstart's pool and policy, scored as above but not by rollouts, triaged and labelled:
-    16 probes and 14 more of its prompts. `pivottrace train` can train on it."""
+    16 probes and 14 more of its prompts, or all of them. `pivottrace train` can train on it."""
     run = RunDir.create(
         path, data / "pool.jsonl", policy, data / "val.jsonl", answers_kind="expression"
     )
@@ -57,23 +59,28 @@ def make_trainable_run(path: Path, policy: Path, data: Path) -> RunDir:
         settings={"score": {"score": limits, "capture": capture}}, detector=detector
     )
     probe(run, labels, "expression", N + 14)
-    bought = run.ledger().labels()
-    asked = [r["pt_id"] for r in run.plan().to_pylist() if r["route"] == "annotate"]
-    run.ledger().append(
-        {"pt_id": pt_id, "label": labels[pt_id], "purpose": "annotate", **WHO}
-        for pt_id in asked
-        if pt_id not in bought
-    )
+    if all_labelled:
+        info = json.loads((run.path / "triage.json").read_text())
+        run.write_plan([{**row, "route": "annotate"} for row in run.plan().to_pylist()], info)
+    asked = {r["pt_id"] for r in run.plan().to_pylist() if r["route"] == "annotate"}
+    asked -= set(run.ledger().labels())
+    buy(run, {pt_id: labels[pt_id] for pt_id in ids if pt_id in asked}, "annotate")
     return run
+
+
+def buy(run: RunDir, labels: dict[str, str], purpose: str) -> None:
+    """Enter labels into the ledger."""
+    run.ledger().append(
+        {"pt_id": pt_id, "label": label, "purpose": purpose, **WHO}
+        for pt_id, label in labels.items()
+    )
 
 
 def probe(run: RunDir, labels: dict[str, str], kind: str, budget: int) -> None:
     """Buy the probes' labels and triage."""
     probes = [prompt.pt_id for prompt in run.pool()][:N]
     run.write_probes("consistency", 0, probes)
-    run.ledger().append(
-        {"pt_id": pt_id, "label": labels[pt_id], "purpose": "probe", **WHO} for pt_id in probes
-    )
+    buy(run, {pt_id: labels[pt_id] for pt_id in probes}, "probe")
     scores, ledger = run.scores(), run.ledger()
     config = TriageConfig(
         estimator="consistency", budget=budget, mastered=0.99, overflow="self_train"
