@@ -33,7 +33,9 @@ def files(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
     rows = labelled_rows(data)
     folder = tmp_path_factory.mktemp("rows")
     info = [row["extra_info"] for row in rows]
-    items = Items.of(*([row[n] for row in info] for n in ("index", "pt_id", "route", "uncertainty")))
+    items = Items.of(
+        *([row[n] for row in info] for n in ("index", "pt_id", "route", "uncertainty"))
+    )
     config = CurriculumConfig(batch_size=BATCH, order="random", seed=SEED)
     drawn = Curriculum(items, config)
     sequence = [rows[next(drawn)] for _ in range(STEPS * BATCH)]
@@ -41,9 +43,7 @@ def files(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, P
 
 
 @pytest.fixture(scope="module")
-def stock(
-    policy: Path, files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def stock(policy: Path, files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("stock") / "job"
     return run_job(folder, STOCK, policy, files[1], steps=STEPS, batch_size=BATCH)
 

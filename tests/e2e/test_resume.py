@@ -50,9 +50,7 @@ def triaged(policy: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) 
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(
-    triaged: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[[str], Path]:
+def uninterrupted(triaged: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A finished run in an order."""
     runs: dict[str, Path] = {}
 

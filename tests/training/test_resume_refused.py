@@ -55,7 +55,7 @@ def test_other_settings_are_refused(begun: RunDir) -> None:
 def test_another_plan_is_refused(begun: RunDir) -> None:
     then = begun.stage_fingerprint("plan")
     rows = begun.plan().to_pylist()
-    begun.write_plan(rows[:-1] + [{**rows[-1], "route": "drop"}], begun.triage())
+    begun.write_plan([*rows[:-1], {**rows[-1], "route": "drop"}], begun.triage())
     now = begun.stage_fingerprint("plan")
     assert f"plan: '{then}' then, '{now}' now" in refused(begun, CONFIG)
 
