@@ -79,10 +79,13 @@ def job(work: Path, case: str, name: str, options: argparse.Namespace) -> Path:
         rows = work / case / "stock.parquet"
         run_job(folder, STOCK, work / "policy", rows, *common, **size)
     else:
-        run = RunDir.open(work / case / "run")
+        # A copy: re-triage leaves its requests there.
+        copy = folder.with_name(f"{name}-run")
+        shutil.copytree(work / case / "run", copy, dirs_exist_ok=True)
+        run = RunDir.open(copy)
         run_job(
             folder, OURS, work / "policy", run.path / "train" / "train.parquet", *common,
-            f"pivottrace.run={run.path.resolve()}",
+            f"pivottrace.run={run.path}",
             f"pivottrace.detector.tau={run.manifest['detector']['tau']}",
             "pivottrace.retriage.enable=true",
             f"pivottrace.retriage.every={RE_TRIAGE_EVERY}",
@@ -92,18 +95,17 @@ def job(work: Path, case: str, name: str, options: argparse.Namespace) -> Path:
     return folder
 
 
-def write_sequence(work: Path, case: str, drawn: Path) -> None:
+def write_sequence(work: Path, case: str, drawn: Path, group: int) -> None:
     """stock.parquet: the prompts that our run drew, in that order, each with its label."""
-    prompt_of = {}
-    for row in labelled_rows(work / "data"):
-        text = " ".join(message["content"] for message in row["prompt"])
-        prompt_of["".join(text.split())] = row
-    sequence = []
-    for step in rollouts(drawn / "rollouts"):
-        # Rows come by prompt; the decoder put spaces between the tokens.
-        prompts = dict.fromkeys("".join(prompt.split()) for prompt, *_ in step)
-        sequence += [prompt_of[prompt] for prompt in prompts]
-    write_rows(work / case / "stock.parquet", sequence)
+
+    def solid(text: str) -> str:
+        # The decoder puts spaces between the tokens.
+        return "".join(text.split())
+
+    row_of = {solid(row["prompt"][0]["content"]): row for row in labelled_rows(work / "data")}
+    steps = rollouts(drawn / "rollouts")
+    drawn_rows = [row_of[solid(rows[i][0])] for rows in steps for i in range(0, len(rows), group)]
+    write_rows(work / case / "stock.parquet", drawn_rows)
 
 
 def summary(folder: Path) -> dict[str, Any]:
@@ -123,7 +125,7 @@ def summary(folder: Path) -> dict[str, Any]:
 def measure(work: Path, case: str, options: argparse.Namespace) -> dict[str, Any]:
     """The case's runs, by turns."""
     drawn = job(work, case, "drawn", options)
-    write_sequence(work, case, drawn)
+    write_sequence(work, case, drawn, options.rollouts)
     runs: dict[str, list[dict[str, Any]]] = {"stock": [], "ours": []}
     for turn in range(options.pairs):
         # Who goes first changes, so that a machine that warms up favours neither.

@@ -75,6 +75,8 @@ def start(run: Path, order: str, *overrides: str) -> subprocess.Popen[bytes]:
         "pivottrace.request_seed=7",
         "pivottrace.retriage.enable=true",
         "pivottrace.retriage.every=3",
+        # More than the plan's, so that labels are asked for.
+        "pivottrace.retriage.budget=40",
         "trainer.val_before_train=False",
         f"trainer.rollout_data_dir={run.resolve()}/train/rollouts",
         *overrides,
@@ -93,11 +95,13 @@ def finish(job: subprocess.Popen[bytes], run: Path) -> None:
 
 
 def kill_at(job: subprocess.Popen[bytes], run: Path, step: int) -> None:
-    """SIGKILL to the command and all it started, once the job has logged that step."""
+    """SIGKILL to the command and all it started, somewhere in the step after that one."""
     log = run / "command.log"
     while logged(run) < step:
         assert job.poll() is None, log.read_text(errors="replace")[-3000:]
         time.sleep(0.05)
+    # verl's thread that writes the step's rollouts takes a moment.
+    time.sleep(random.uniform(0.3, 1.0))
     me = psutil.Process(job.pid)
     family = [me, *me.children(recursive=True)]
     for process in family:
@@ -154,10 +158,8 @@ def test_a_run_killed_twice_ends_as_one_that_was_not(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(triaged, run)
-    first = random.randrange(1, STEPS - 4)
-    # The second attempt begins at the checkpoint before.
-    second = random.randrange(first + 1, STEPS)
-    for step in (first, second):
+    # The second attempt begins at the checkpoint before the first.
+    for step in sorted(random.sample(range(1, STEPS - 1), 2)):
         kill_at(start(run, order), run, step)
     finish(start(run, order), run)
     assert len(list((run / "train").glob("metrics-*.jsonl"))) == 3
@@ -165,6 +167,7 @@ def test_a_run_killed_twice_ends_as_one_that_was_not(
     steps = metrics(whole / "train" / "metrics.jsonl").values()
     assert any(step.get("pivottrace/self_train/rollouts", 0) > 0 for step in steps)
     assert any(step.get("pivottrace/annotate/rollouts", 0) > 0 for step in steps)
+    assert any(step.get("pivottrace/retriage/asked", 0) > 0 for step in steps)
     assert_same(run, whole)
 
 
