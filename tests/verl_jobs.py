@@ -185,5 +185,6 @@ def assert_same_run(found: Path, wanted: Path, steps: int) -> None:
 
 def weights(folder: Path, step: int) -> bytes:
     """The trained model's, as they are on disk."""
-    model = folder / f"global_step_{step}" / "actor" / "huggingface"
-    return b"".join(file.read_bytes() for file in sorted(model.glob("*.safetensors")))
+    files = sorted((folder / f"global_step_{step}" / "actor" / "huggingface").glob("*.safetensors"))
+    assert files
+    return b"".join(file.read_bytes() for file in files)
