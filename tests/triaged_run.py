@@ -52,12 +52,7 @@ def make_trainable_run(
     scored = [score(i, ids[i], labels[ids[i]], len(ids)) for i in range(len(ids))]
     run.write_score_part(0, scored)
     run.merge_scores()
-    detector = {**DetectorConfig().to_dict(), "tau": 0.05}
-    limits = {"max_prompt_tokens": 64, "max_tokens": 128, "temperature": 1.0}
-    capture = dataclasses.asdict(CaptureConfig())
-    run.update_manifest(
-        settings={"score": {"score": limits, "capture": capture}}, detector=detector
-    )
+    note_scoring(run)
     probe(run, labels, "expression", N + 14)
     if all_labelled:
         info = json.loads((run.path / "triage.json").read_text())
@@ -66,6 +61,16 @@ def make_trainable_run(
     asked -= set(run.ledger().labels())
     buy(run, {pt_id: labels[pt_id] for pt_id in ids if pt_id in asked}, "annotate")
     return run
+
+
+def note_scoring(run: RunDir) -> None:
+    """Enter into the manifest what `pivottrace score` leaves there for training."""
+    detector = {**DetectorConfig().to_dict(), "tau": 0.05}
+    limits = {"max_prompt_tokens": 64, "max_tokens": 128, "temperature": 1.0}
+    capture = dataclasses.asdict(CaptureConfig())
+    run.update_manifest(
+        settings={"score": {"score": limits, "capture": capture}}, detector=detector
+    )
 
 
 def buy(run: RunDir, labels: dict[str, str], purpose: str) -> None:

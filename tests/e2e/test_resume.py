@@ -41,7 +41,7 @@ pytestmark = pytest.mark.slow
 
 STEPS, EVERY = 10, 2
 ORDERS = ("mixed", "easy_to_hard", "uncertainty_first")
-NONSENSE = "31337"
+NONSENSE = "31337+31337"
 
 
 @pytest.fixture(scope="module")

@@ -1,16 +1,18 @@
-"""A training run goes on only with what it began with; a refusal names both sides."""
+"""A training run goes on only with what it began with; a refusal names both sides. Until a new
+checkpoint is whole, the one before can be gone on from."""
 
 import shutil
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from verl.utils.checkpoint.checkpoint_manager import BaseCheckpointManager
 
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.pool import RunDir
 from pivottrace_verl.training import launch
 from pivottrace_verl.training.launch import TrainConfig
-from tests.triaged_run import buy, make_run
+from tests.triaged_run import buy, make_run, note_scoring
 
 CONFIG = TrainConfig(steps=3, batch_size=4)
 
@@ -66,3 +68,22 @@ def test_another_pool_is_refused(begun: RunDir, tmp_path: Path) -> None:
     sentence = refused(begun, CONFIG)
     assert begun.stage_fingerprint("pool") in sentence
     assert other.stage_fingerprint("pool") in sentence
+
+
+def test_the_checkpoint_that_would_be_resumed_has_its_weights_at_any_moment(
+    begun: RunDir, tmp_path: Path
+) -> None:
+    note_scoring(begun)
+    settings = dict(word.split("=", 1) for word in launch.overrides(begun, CONFIG, tmp_path))
+    keep = int(settings["trainer.max_actor_ckpt_to_keep"])
+    manager = object.__new__(BaseCheckpointManager)
+    manager.previous_saved_paths = []
+    named: Path | None = None
+    for step in range(5):
+        weights = tmp_path / f"global_step_{step}"
+        manager.ensure_checkpoint_capacity(keep)
+        weights.mkdir()
+        manager.register_checkpoint(str(weights), keep)
+        # Only now does verl write down that this step is the one to go on from.
+        assert named is None or named.exists()
+        named = weights
