@@ -35,8 +35,6 @@ SETTINGS = (
     "actor_rollout_ref.rollout.enable_prefix_caching=False",
 )
 """Under which a request's seed decides what is sampled."""
-
-
 APART = ("rollout_corr/", "training/rollout_", "training/epoch")
 """Metrics of the engine's log-probabilities, which hang on how it batched, and the epoch, which
 hangs on the length of the file."""
@@ -160,7 +158,7 @@ def rollouts(folder: Path) -> list[list[tuple[str, str, str | None, float]]]:
 
 def comparable(entries: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """The metrics of each step, without what hangs on the clock or on memory."""
-    clock = ("timing", "perf/", "agent_loop/", "time", "mfu", "memory", "/seconds/")
+    clock = ("timing", "perf/", "agent_loop/", "mfu", "memory", "/seconds/")
     return [
         {name: v for name, v in entry["data"].items() if not any(word in name for word in clock)}
         for entry in entries
