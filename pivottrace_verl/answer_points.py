@@ -58,8 +58,10 @@ def _value(node: Any, point: Mapping[Any, float], left: list[int]) -> tuple[floa
         return _power(*parts)
     value, scale = parts[0]
     for v, s in parts[1:]:
-        is_sum = isinstance(node, sympy.Add)
-        value, scale = (value + v, scale + s) if is_sum else (value * v, scale * s)
+        if isinstance(node, sympy.Add):
+            value, scale = value + v, scale + s
+        else:
+            value, scale = value * v, scale * s
     return value, scale
 
 
