@@ -4,7 +4,6 @@ import gc
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-
 from pivottrace_verl.answers import get_answers
 
 
