@@ -6,6 +6,7 @@ a clock. Two answers are equal if and only if their canonical forms are.
 
 import ast
 import re
+import threading
 from functools import lru_cache
 
 _ANSWER_TAG = re.compile(r"<(/?)answer>", re.IGNORECASE)
@@ -13,6 +14,9 @@ _BRACE = re.compile(r"\\boxed\s*\{|[{}]")
 _ANSWER_WORD = re.compile(r"answer\s*:", re.IGNORECASE)
 _LONGEST = 400
 """Longer answers are unparseable: no answer that can be voted on is longer."""
+_PARSING = threading.Lock()
+"""ast.parse counts its depth for all threads together: in two at once it fails now and then, with
+a SystemError."""
 
 
 def after_answer_word(text: str) -> str | None:
@@ -104,7 +108,9 @@ def _canonical_expression(label: str) -> str | None:
     if not text or len(text) > _LONGEST or re.fullmatch(r"[0-9+\-*/() ]+", text) is None:
         return None
     try:
-        return _write(_terms(ast.parse(text, mode="eval").body))
+        with _PARSING:
+            tree = ast.parse(text, mode="eval")
+        return _write(_terms(tree.body))
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 

@@ -15,6 +15,7 @@ from typing import Any
 from pivottrace_verl.answer_kinds import last_boxed
 from pivottrace_verl.answer_memo import Memo, PooledAnswers
 from pivottrace_verl.answer_numbers import read_number, same_number, write_number
+from pivottrace_verl.answer_points import unless_apart
 from pivottrace_verl.answer_pool import Answer, TimedOut
 from pivottrace_verl.answer_worker import OverLimitError
 
@@ -98,6 +99,11 @@ def prepare() -> None:
     """Import math-verify and build its grammar, which no answer should have to wait for."""
     for name in ("math_verify.parser", "math_verify.grader"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    from math_verify import grader
+
+    simplifies = getattr(grader, "sympy_symbolic_eq", None)
+    if simplifies is not None:
+        grader.sympy_symbolic_eq = unless_apart(simplifies)
     _equal((r"\frac{x}{2}", "x/3"))
 
 

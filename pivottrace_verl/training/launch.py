@@ -90,7 +90,9 @@ def overrides(run: RunDir, config: TrainConfig, attempt_file: Path) -> list[str]
         "trainer.project_name": "pivottrace",
         "trainer.experiment_name": run.path.name,
         "trainer.default_local_dir": folder / "checkpoints",
-        "trainer.max_actor_ckpt_to_keep": 1,
+        # verl takes the old weights away before it says that the new checkpoint is there: with 1, a
+        # job killed between the two could not be resumed.
+        "trainer.max_actor_ckpt_to_keep": 2,
         "trainer.resume_mode": "auto",
         "trainer.n_gpus_per_node": config.n_gpus_per_node,
         "trainer.nnodes": config.nnodes,

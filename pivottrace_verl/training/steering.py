@@ -19,6 +19,8 @@ Axes: P prompts of training.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -79,6 +81,21 @@ class SteeringConfig:
                 "which holds the ledger and the plan."
             )
         return config
+
+    def settings(self) -> dict[str, Any]:
+        """Name in the configuration -> value, of all but the run directory, which may move."""
+        parts = dataclasses.asdict(self)
+        del parts["run"]
+        found = {"actor_rollout_ref.rollout.n": parts.pop("default_rollouts")}
+        found["data.train_batch_size"] = parts["curriculum"].pop("batch_size")
+        for part, values in parts.items():
+            found |= {f"pivottrace.{part}.{name}": value for name, value in values.items()}
+        return found
+
+
+def _written(value: Any) -> str:
+    """As in the configuration."""
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 class Steering:
@@ -228,6 +245,7 @@ class Steering:
     def state_dict(self) -> dict[str, Any]:
         """For verl's checkpoint."""
         return {
+            "settings": self._config.settings(),
             "curriculum": self.curriculum.state_dict(),
             "mixing": self._mixing.state_dict(),
             "guard": self._guard.state_dict(),
@@ -236,18 +254,20 @@ class Steering:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where the state was taken; PivotTraceError if it belongs to other prompts or
-        settings."""
-        if "curriculum" not in state:
+        """Go on where the state was taken; PivotTraceError, naming both sides, if it belongs to
+        other prompts or settings."""
+        if "settings" not in state:
             raise PivotTraceError(
                 "The checkpoint's curriculum was saved by an earlier version of PivotTrace, which "
                 "this one cannot resume."
             )
-        if (state["retriage"] is None) != (self._retriage is None):
+        before, now = state["settings"], self._config.settings()
+        changed = [name for name in now if before.get(name) != now[name]]
+        if changed:
+            saved = ", ".join(f"{name}={_written(before.get(name))}" for name in changed)
             raise PivotTraceError(
-                "The checkpoint was saved with pivottrace.retriage.enable="
-                f"{str(state['retriage'] is not None).lower()}, but this run has "
-                f"{str(self._retriage is not None).lower()}."
+                f"The checkpoint was saved with {saved}, but this run has "
+                f"{', '.join(_written(now[name]) for name in changed)}."
             )
         self.curriculum.load_state_dict(state["curriculum"])
         self._mixing.load_state_dict(state["mixing"])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pivottrace_verl.answers import TIMED_OUT, Answer, get_answers
+from pivottrace_verl.answers import TIMED_OUT, Answer, AnswerKind, get_answers
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.training.groups import (
     DROPPED,
@@ -21,7 +21,7 @@ from pivottrace_verl.training.groups import (
     judge,
 )
 
-EXACT = get_answers("exact")
+EXACT, MATH = get_answers("exact"), get_answers("math")
 
 
 def verdict(
@@ -29,11 +29,18 @@ def verdict(
     verified: list[float] | None = None,
     labeled: bool = False,
     weights: Sequence[float | None] | None = None,
+    answers_kind: AnswerKind = EXACT,
     **policy: Any,
 ) -> Verdict:
     scores = verified if verified is not None else [0.0] * len(answers)
-    policy_ = VotePolicy(**policy)
-    return judge(answers, scores, labeled=labeled, kind=EXACT, policy=policy_, weights=weights)
+    return judge(
+        answers,
+        scores,
+        labeled=labeled,
+        kind=answers_kind,
+        policy=VotePolicy(**policy),
+        weights=weights,
+    )
 
 
 def test_unlabeled_group_is_rewarded_for_agreeing_with_its_majority() -> None:
@@ -186,7 +193,7 @@ def test_a_policy_that_does_not_exist_is_refused_in_a_sentence(policy: Any, said
 
 quick = settings(deadline=None)
 votes = st.lists(
-    st.tuples(st.sampled_from(["1", "2", "3", None]), st.none() | st.floats(0, 1)),
+    st.tuples(st.sampled_from(["1", "2", "3", None, TIMED_OUT]), st.none() | st.floats(0, 1)),
     min_size=1,
     max_size=9,
 )
@@ -200,9 +207,11 @@ policies = st.fixed_dictionaries(
 )
 
 
-def held(rollouts: Sequence[tuple[Any, Any]], policy: dict[str, Any]) -> Verdict:
+def held(
+    rollouts: Sequence[tuple[Any, Any]], policy: dict[str, Any], answers_kind: AnswerKind = EXACT
+) -> Verdict:
     answers, weights = zip(*rollouts, strict=True)
-    return verdict(answers, weights=weights, **policy)
+    return verdict(answers, weights=weights, answers_kind=answers_kind, **policy)
 
 
 @quick
@@ -215,6 +224,7 @@ def test_rewards_do_not_depend_on_the_order_of_the_rollouts(
     straight = held(rollouts, policy)
     shuffled = held([rollouts[i] for i in order], policy)
     assert shuffled.rewards == [straight.rewards[i] for i in order]
+    assert shuffled.timed_out == [straight.timed_out[i] for i in order]
     for name in ("outcome", "target", "agreement", "answer_entropy", "votes"):
         assert getattr(shuffled, name) == getattr(straight, name)
 
@@ -225,10 +235,40 @@ def test_rewards_do_not_depend_on_what_the_answers_are_called(
     rollouts: list[tuple[Any, Any]], policy: dict[str, Any], names: list[str]
 ) -> None:
     other = dict(zip(["1", "2", "3"], names, strict=True))
-    renamed = held([(other.get(answer), weight) for answer, weight in rollouts], policy)
+    renamed = held([(other.get(answer, answer), weight) for answer, weight in rollouts], policy)
     plain = held(rollouts, policy)
     assert (renamed.rewards, renamed.outcome) == (plain.rewards, plain.outcome)
     assert renamed.target == other.get(plain.target or "")
+
+
+@quick
+@given(votes, policies, st.data())
+def test_rewards_do_not_depend_on_how_equal_answers_are_written(
+    rollouts: list[tuple[Any, Any]], policy: dict[str, Any], data: st.DataObject
+) -> None:
+    spellings = {
+        "1": ["1", "1.0", r"\frac{2}{2}"],
+        "2": ["2", "02", "4/2"],
+        "3": ["3", "3.00", "9/3"],
+        None: [None],
+        TIMED_OUT: [TIMED_OUT],
+    }
+    spelt = [(data.draw(st.sampled_from(spellings[a])), weight) for a, weight in rollouts]
+    plain, written = held(rollouts, policy), held(spelt, policy, MATH)
+    assert (written.rewards, written.outcome) == (plain.rewards, plain.outcome)
+    assert (written.agreement, written.timed_out) == (plain.agreement, plain.timed_out)
+
+
+@quick
+@given(votes, policies)
+def test_a_vote_rewards_those_who_gave_its_answer_and_nobody_without_one(
+    rollouts: list[tuple[Any, Any]], policy: dict[str, Any]
+) -> None:
+    result = held(rollouts, policy)
+    if result.outcome == VOTED:
+        assert result.rewards == [float(answer == result.target) for answer, _ in rollouts]
+    for reward, (answer, _) in zip(result.rewards, rollouts, strict=True):
+        assert 0.0 <= reward <= (1.0 if isinstance(answer, str) else 0.0)
 
 
 @quick

@@ -219,8 +219,28 @@ def test_a_checkpoint_of_other_settings_is_refused(run: RunDir) -> None:
     state = steer(run).state_dict()
     with pytest.raises(PivotTraceError, match="enable=true, but this run has false"):
         steer(run, enable=False).load_state_dict(state)
+    for changed, sentence in (
+        ({"vote": {"quorum": 3}}, r"saved with pivottrace\.vote\.quorum=2, but this run has 3\."),
+        (
+            {"curriculum": {"order": "random"}, "weights": {"self_train": 0.5}},
+            r"order=mixed, pivottrace\.weights\.self_train=1\.0, but this run has random, 0\.5\.",
+        ),
+    ):
+        with pytest.raises(PivotTraceError, match=sentence):
+            plain(**changed).load_state_dict(plain().state_dict())
     with pytest.raises(PivotTraceError, match="earlier version"):
         steer(run).load_state_dict({"format": 1, "fingerprint": "x"})
+
+
+def test_a_checkpoint_of_other_prompts_is_refused_and_both_are_named() -> None:
+    state = plain().state_dict()
+    items = Items.of([0], ["other"], ["annotate"], [0.5])
+    other = Steering(items, ["other"], config(), lambda rows: [])
+    mine = other.state_dict()["curriculum"]["fingerprint"]
+    theirs = state["curriculum"]["fingerprint"]
+    with pytest.raises(PivotTraceError, match=f"curriculum {theirs} belongs to .* {mine}"):
+        other.load_state_dict(state)
+    assert other.state_dict()["curriculum"]["drawn"] == [0, 0]
 
 
 def test_retriage_without_a_run_directory_is_refused() -> None:
