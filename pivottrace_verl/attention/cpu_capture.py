@@ -25,11 +25,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from pivottrace_verl.attention.config import TOKEN_STATISTICS, CaptureConfig
+from pivottrace_verl.attention.config import TOKEN_STATISTICS
 from pivottrace_verl.attention.cpu_rows import LayerRows, StepRows, compiled_rows
 from pivottrace_verl.attention.first_rows import LONGEST, check_complete, check_row, dense_row
 from pivottrace_verl.attention.keys import PagedKeys
-from pivottrace_verl.attention.parts import Groups, Part, Place, own_heads
 from pivottrace_verl.attention.reference import (
     ScoreRule,
     group_heads,
@@ -39,7 +38,8 @@ from pivottrace_verl.attention.reference import (
 )
 from pivottrace_verl.attention.sender import Sender
 from pivottrace_verl.attention.store import NOBODY, SlotStore, Tracker
-from pivottrace_verl.attention.support import TracedLayer, key_layout, sliding_window
+from pivottrace_verl.attention.support import key_layout, sliding_window
+from pivottrace_verl.attention.task import Task
 from pivottrace_verl.pivots import FEATURES
 
 _NO_BATCH: tuple[list[str], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = (
@@ -67,68 +67,41 @@ class Step:
 class Capture:
     """Capture in one worker: `observe` a step, `record` each traced layer, `finish` with logits."""
 
-    def __init__(
-        self,
-        runner: Any,
-        kv_cache_config: Any,
-        layers: list[TracedLayer],
-        groups: list[Groups],
-        config: CaptureConfig,
-        sender: Sender,
-        place: Place,
-        part: Part,
-        witness: TracedLayer | None,
-    ) -> None:
-        self.runner = runner
+    def __init__(self, task: Task, sender: Sender) -> None:
+        self.task = task
+        self.runner = task.runner
+        self.layers = task.layers
         self._sender = sender
-        self.place = place
-        self.traced = layers
-        self.layers = [layers[number] for number in part.layers]
-        self.layouts = [key_layout(layer) for layer in self.layers]
-        self.config = config
-        self._witness = witness
-        followed = self.layers[0] if self.layers else witness
-        if followed is None:
-            raise ValueError("A worker without a traced layer needs a witness.")
-        self._followed = followed
-        self._kernel_block = followed.module.kv_cache.shape[2]
-        self._has_logits = part.tokens
-        self.groups = groups
+        self._layouts = [key_layout(layer) for layer in self.layers]
         impls = [layer.module.impl for layer in self.layers]
         self._rules = [ScoreRule(impl.scale, impl.logits_soft_cap) for impl in impls]
         self._windows = [sliding_window(impl) for impl in impls]
-        self._own = [
-            own_heads(groups[number], layer.n_heads, place.tensor_rank)
-            for number, layer in zip(part.layers, self.layers, strict=True)
-        ]
         self._heads = [
             needed_heads(own, layer.n_heads)
-            for own, layer in zip(self._own, self.layers, strict=True)
+            for own, layer in zip(task.own_groups, self.layers, strict=True)
         ]
         self._compiled = compiled_rows(
             [layer.module.kv_cache for layer in self.layers],
             [
                 LayerRows(layout, rule, window, own, layer.n_heads)
                 for layout, rule, window, own, layer in zip(
-                    self.layouts, self._rules, self._windows, self._own, self.layers, strict=True
+                    self._layouts,
+                    self._rules,
+                    self._windows,
+                    task.own_groups,
+                    self.layers,
+                    strict=True,
                 )
             ],
-            config,
+            task.config,
         )
-        block_size = kv_cache_config.kv_cache_groups[layers[0].group].kv_cache_spec.block_size
-        self._block_size = block_size
-        self.store = SlotStore(
-            kv_cache_config.num_blocks * block_size,
-            len(self.layers),
-            len(self.groups[0]),
-            len(FEATURES),
-        )
+        self.store = SlotStore(task.n_slots, len(self.layers), task.n_groups, len(FEATURES))
         self.tracker = Tracker(
             self.store,
-            block_size,
-            layers[0].group,
+            task.block_size,
+            task.cache_group,
             self._send,
-            scheduled_rows=not place.is_last_stage,
+            scheduled_rows=not task.place.is_last_stage,
         )
         self._unchecked = [_FIRST] * len(self.layers)
         self._unsent = _FIRST
@@ -138,21 +111,8 @@ class Capture:
         self._batch = _NO_BATCH
 
     def describe(self) -> dict[str, Any]:
-        first, chosen = self._followed, self.config.heads
-        return {
-            "backend": first.backend,
-            "isa": first.isa,
-            "key_layout": self.layouts[0] if self.layouts else None,
-            "layers": [layer.index for layer in self.traced],
-            "head_groups": None if chosen else [list(group) for group in self.groups[0]],
-            "heads": chosen and [list(heads) for heads in chosen],
-            "features": list(FEATURES),
-            "dtype": str(first.module.kv_cache.dtype).removeprefix("torch."),
-            "block_size": self._block_size,
-            "slots": len(self.store.owner),
-            "tensor_parallel": self.place.tensor_size,
-            "pipeline_parallel": self.place.n_stages,
-        }
+        layout = self._layouts[0] if self._layouts else None
+        return self.task.describe(self.task.followed.isa, layout)
 
     def flush(self) -> None:
         """Send the traces of all requests that are tracked."""
@@ -162,8 +122,8 @@ class Capture:
         """Put the wrappers on this worker's own instances."""
         for position, layer in enumerate(self.layers):
             layer.module.impl.forward = self._wrap_forward(position, layer.module.impl.forward)
-        if self._witness is not None:
-            impl = self._witness.module.impl
+        if self.task.witness is not None:
+            impl = self.task.witness.module.impl
             impl.forward = self._wrap_forward(None, impl.forward)
         execute_model, model = self.runner.execute_model, self.runner.model
 
@@ -173,7 +133,7 @@ class Capture:
             return execute_model(scheduler_output, *args, **kwargs)
 
         self.runner.execute_model = traced_execute_model
-        if not self._has_logits:
+        if not self.task.part.tokens:
             return
         compute_logits = model.compute_logits
 
@@ -233,13 +193,13 @@ class Capture:
             rows = self._compiled.rows(position, query, kv_cache, step.rows)
         else:
             heads, groups = self._heads[position]
-            keys = PagedKeys(kv_cache, self.layouts[position])
+            keys = PagedKeys(kv_cache, self._layouts[position])
             plan = step.rows.plan(self._windows[position])
             rows = row_statistics(query, keys, plan, self._rules[position], heads)
             rows = group_heads(rows, groups)
         self.store.write_layer(position, step.slots, rows)
         step.layers_done += 1
-        if not self._has_logits and step.layers_done == len(self.layers):
+        if not self.task.part.tokens and step.layers_done == len(self.layers):
             self._step, self._expecting = None, False
             unknown = torch.zeros(len(step.slots), len(TOKEN_STATISTICS))
             self.store.finish_rows(step.slots, unknown, step.owners)
@@ -273,7 +233,7 @@ class Capture:
                 int(step.rows.starts[row]),
                 self._rules[position],
                 self._windows[position],
-                self.config,
+                self.task.config,
             )
             expected = group_heads((expected if heads is None else expected[heads])[None], groups)
             captured = self.store.stats[step.slots[row], position]
@@ -281,7 +241,7 @@ class Capture:
                 captured[there],
                 expected[0, there],
                 self.layers[position].index,
-                self.config.window,
+                self.task.config.window,
             )
 
     def finish(self, logits: torch.Tensor) -> None:
@@ -320,10 +280,12 @@ class Capture:
                 return None
             tokens, positions, starts = tokens[batch], positions[batch], starts[batch]
             table, owners = table[batch], owners[batch]
+        # vLLM may split the scheduler's blocks into smaller ones.
+        kernel_block = self.task.followed.module.kv_cache.shape[2]
         return Step(
             batch=batch,
             tokens=tokens if batch is not None or metadata.max_query_len > 1 else None,
-            rows=StepRows(table, positions, starts, self._kernel_block, self.config),
+            rows=StepRows(table, positions, starts, kernel_block, self.task.config),
             slots=metadata.slot_mapping[tokens].to(torch.long),
             owners=owners,
         )

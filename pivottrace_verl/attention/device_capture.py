@@ -27,7 +27,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from pivottrace_verl.attention.config import CaptureConfig
 from pivottrace_verl.attention.device_layers import (
     layer_keys,
     prove_layout,
@@ -36,9 +35,9 @@ from pivottrace_verl.attention.device_layers import (
 from pivottrace_verl.attention.device_store import DeviceStore, StepRows
 from pivottrace_verl.attention.device_tracker import DeviceTracker
 from pivottrace_verl.attention.kernel import Batch, RowKernel, group_shares, write_tokens
-from pivottrace_verl.attention.parts import Groups, Part, Place, own_heads
 from pivottrace_verl.attention.sender import Sender
 from pivottrace_verl.attention.support import TracedLayer, refuse, sliding_window
+from pivottrace_verl.attention.task import Task
 from pivottrace_verl.pivots import FEATURES
 
 logger = logging.getLogger(__name__)
@@ -58,64 +57,33 @@ class DeviceCapture:
     Nothing in `launch` and `choose` depends on what the device holds, waits for it or allocates.
     """
 
-    def __init__(
-        self,
-        runner: Any,
-        kv_cache_config: Any,
-        layers: list[TracedLayer],
-        groups: list[Groups],
-        config: CaptureConfig,
-        sender: Sender,
-        place: Place,
-        part: Part,
-        witness: TracedLayer | None,
-    ) -> None:
-        self.runner = runner
-        self.traced = layers
-        self.config = config
-        self.groups = groups
-        self.place = place
+    def __init__(self, task: Task, sender: Sender) -> None:
+        self.task = task
+        self.runner = runner = task.runner
         self._sender = sender
-        self._n_sent = len(part.layers)
-        own = [own_heads(groups[n], layers[n].n_heads, place.tensor_rank) for n in part.layers]
-        layers = [layers[n] for n in part.layers]
-        if witness is not None:
-            layers, own = [witness], [((),) * len(groups[0])]
-        self.layers = layers
+        self._n_sent = len(task.layers)
+        self.layers, own = task.layers, task.own_groups
+        if not self.layers:
+            self.layers, own = [task.followed], [((),) * task.n_groups]
         device, dtype = runner.device, runner.model_config.dtype
-        self.layouts = [prove_layout(layer, dtype) for layer in layers]
-        impls = [layer.module.impl for layer in layers]
+        self.layouts = [prove_layout(layer, dtype) for layer in self.layers]
+        impls = [layer.module.impl for layer in self.layers]
         self._rules = [score_rule(impl) for impl in impls]
         self._windows = [sliding_window(impl) for impl in impls]
-        n_heads, n_groups = layers[0].n_heads, len(groups[0])
+        n_heads = self.layers[0].n_heads
         self._shares = [group_shares(each, n_heads).to(device) for each in own]
-        self._kernel = RowKernel(config, n_heads, runner.max_num_reqs, device)
-        self._block_size = kv_cache_config.kv_cache_groups[layers[0].group].kv_cache_spec.block_size
-        n_slots = kv_cache_config.num_blocks * self._block_size
-        shape = (len(layers), n_groups, len(FEATURES))
-        check_memory(device, n_slots * DeviceStore.bytes_per_slot(*shape))
-        self.store = DeviceStore(n_slots, *shape, device)
+        self._kernel = RowKernel(task.config, n_heads, runner.max_num_reqs, device)
+        shape = (len(self.layers), task.n_groups, len(FEATURES))
+        check_memory(device, task.n_slots * DeviceStore.bytes_per_slot(*shape))
+        self.store = DeviceStore(task.n_slots, *shape, device)
         self.rows = StepRows(runner.max_num_reqs, device)
-        self.tracker = DeviceTracker(self.store, self._block_size, layers[0].group, self._send)
+        self.tracker = DeviceTracker(self.store, task.block_size, task.cache_group, self._send)
         self._expecting = False
 
     def describe(self) -> dict[str, Any]:
-        first, chosen = self.layers[0], self.config.heads
         on_gpu = self.runner.device.type == "cuda"
-        return {
-            "backend": first.backend,
-            "isa": torch.cuda.get_device_name(self.runner.device) if on_gpu else "interpreter",
-            "key_layout": self.layouts[0],
-            "layers": [layer.index for layer in self.traced],
-            "head_groups": None if chosen else [list(group) for group in self.groups[0]],
-            "heads": chosen and [list(heads) for heads in chosen],
-            "features": list(FEATURES),
-            "dtype": str(first.module.kv_cache.dtype).removeprefix("torch."),
-            "block_size": self._block_size,
-            "slots": len(self.store.owner),
-            "tensor_parallel": self.place.tensor_size,
-            "pipeline_parallel": self.place.n_stages,
-        }
+        isa = torch.cuda.get_device_name(self.runner.device) if on_gpu else "interpreter"
+        return self.task.describe(isa, self.layouts[0])
 
     def flush(self) -> None:
         self.tracker.flush()

@@ -13,7 +13,6 @@ after its last token is cut by the receiver, which knows the tokens (`Receiver.g
 Axes: T rows, L traced layers, G head groups, F features, K `TOKEN_STATISTICS`; P prompt length.
 """
 
-import logging
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,11 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from pivottrace_verl.attention.config import EXTRA_ARGS_NAME
 from pivottrace_verl.attention.device_store import DeviceStore, Reading
-from pivottrace_verl.attention.store import NOBODY, SendTrace, key_of
-
-logger = logging.getLogger(__name__)
+from pivottrace_verl.attention.store import NOBODY, SendTrace, asked_by
 
 
 @dataclass
@@ -127,21 +123,13 @@ class DeviceTracker:
             known.keep(len(new.prefill_token_ids) - known.prompt_length)
             self._resume(known, new.block_ids, new.num_computed_tokens)
             return
-        key = key_of(new)
-        if key is None:
-            return
-        if new.prompt_token_ids is None or known is not None:
-            logger.warning(
-                "Request %s gets no attention trace: prompts given as embeddings and requests "
-                "that are extended while they run are not traced.",
-                new.req_id,
-            )
+        asked = asked_by(new, known is not None)
+        if asked is None:
             self.requests.pop(new.req_id, None)
             return
-        length = len(new.prompt_token_ids)
-        asked = new.sampling_params.extra_args[EXTRA_ARGS_NAME]
-        start = min(asked.get("prompt_tokens", length), length)
-        request = TracedRequest(key, self._next_owner, length, start, [])
+        request = TracedRequest(
+            asked.key, self._next_owner, asked.prompt_length, asked.response_start, []
+        )
         self.requests[new.req_id] = request
         self._resume(request, new.block_ids, new.num_computed_tokens)
         self._next_owner = self._next_owner % (2**31 - 1) + 1

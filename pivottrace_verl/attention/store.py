@@ -153,21 +153,13 @@ class Tracker:
         return prompts, starts, np.array([t.owner if t else NOBODY for t in found], np.int32)
 
     def _start(self, new: Any) -> None:
-        key = key_of(new)
-        if key is None:
-            return
-        asked = new.sampling_params.extra_args[EXTRA_ARGS_NAME]
-        if new.prompt_token_ids is None or new.req_id in self.requests:
-            logger.warning(
-                "Request %s gets no attention trace: prompts given as embeddings and requests "
-                "that are extended while they run are not traced.",
-                new.req_id,
-            )
+        asked = asked_by(new, new.req_id in self.requests)
+        if asked is None:
             self.requests.pop(new.req_id, None)
             return
-        length = len(new.prompt_token_ids)
-        start = min(asked.get("prompt_tokens", length), length)
-        self.requests[new.req_id] = Tracked(key, self._next_owner, length, start)
+        self.requests[new.req_id] = Tracked(
+            asked.key, self._next_owner, asked.prompt_length, asked.response_start
+        )
         self._next_owner = self._next_owner % (2**31 - 1) + 1
 
     def _count(self, scheduled: Any) -> None:
@@ -214,9 +206,24 @@ class Tracker:
         tracked.missing_rows += missing
 
 
-def key_of(new: Any) -> str | None:
-    """The key under which a new request asked for its trace; the i-th child (i > 0) of a request
-    with n > 1 shares its parent's arguments, and its trace goes by `key/i`."""
+@dataclass(frozen=True)
+class Asked:
+    """What a request that wants its trace says of itself."""
+
+    key: str
+    prompt_length: int
+    response_start: int
+    """Position of the rollout's first generated token: `prompt_length`, or less where this request
+    goes on with a rollout that an earlier one began."""
+
+
+def asked_by(new: Any, known: bool) -> Asked | None:
+    """What a new request (`known`: of an id that runs already) asked for; None if nothing, or
+    nothing that can be traced, which is told.
+
+    The i-th child (i > 0) of a request with n > 1 shares its parent's arguments, and its trace goes
+    by `key/i`.
+    """
     extra = getattr(new.sampling_params, "extra_args", None) or {}
     asked = extra.get(EXTRA_ARGS_NAME)
     if asked is None:
@@ -230,9 +237,18 @@ def key_of(new: Any) -> str | None:
             asked,
         )
         return None
-    key = str(asked["key"])
+    if new.prompt_token_ids is None or known:
+        logger.warning(
+            "Request %s gets no attention trace: prompts given as embeddings and requests "
+            "that are extended while they run are not traced.",
+            new.req_id,
+        )
+        return None
+    key, length = asked["key"], len(new.prompt_token_ids)
     child, separator, _ = new.req_id.partition("_")
-    return f"{key}/{int(child)}" if separator and child.isdigit() and int(child) else key
+    if separator and child.isdigit() and int(child):
+        key = f"{key}/{int(child)}"
+    return Asked(key, length, min(asked.get("prompt_tokens", length), length))
 
 
 def _well_formed(asked: Any) -> bool:

@@ -30,6 +30,7 @@ from pivottrace_verl.attention.support import (
     find_witness,
     own_place,
 )
+from pivottrace_verl.attention.task import Task
 
 if TYPE_CHECKING:
     from pivottrace_verl.attention.device_capture import DeviceCapture
@@ -120,8 +121,8 @@ def attach(wrapper: Any, kv_cache_config: Any) -> "Capture | DeviceCapture | Non
     sender = Sender(
         os.environ[ENV_ENDPOINT], os.environ[ENV_TOKEN], config.wire, part if part.of > 1 else None
     )
-    settings = (runner, kv_cache_config, layers, groups, config, sender, place, part, witness)
-    capture = device_capture.DeviceCapture(*settings) if on_device else Capture(*settings)
+    task = Task(runner, kv_cache_config, config, layers, groups, place, part, witness)
+    capture = device_capture.DeviceCapture(task, sender) if on_device else Capture(task, sender)
     capture.wrap()
     _captures.add(capture)
     info = capture.describe()

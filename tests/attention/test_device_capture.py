@@ -23,6 +23,7 @@ from pivottrace_verl.attention.reference import (
     token_statistics,
 )
 from pivottrace_verl.attention.support import TracedLayer, sliding_window
+from pivottrace_verl.attention.task import Task
 from pivottrace_verl.pivots import FEATURES
 
 if find_spec("triton") is None:
@@ -148,7 +149,9 @@ def make_capture(layers, config=CONFIG, groups=None, rank=0, ranks=1):
     place = Place(rank, ranks)
     part = divide([0] * len(layers), groups, HEADS, place)[rank]
     witness = None if part.layers else layers[0]
-    capture = DeviceCapture(runner, cache, layers, groups, config, sender, place, part, witness)
+    capture = DeviceCapture(
+        Task(runner, cache, config, layers, groups, place, part, witness), sender
+    )
     capture.part = part
     return capture, runner, sent
 

@@ -10,6 +10,7 @@ from pivottrace_verl.attention.config import EXTRA_ARGS_NAME, CaptureConfig
 from pivottrace_verl.attention.cpu_capture import Capture
 from pivottrace_verl.attention.parts import Place, divide
 from pivottrace_verl.attention.support import TracedLayer
+from pivottrace_verl.attention.task import Task
 
 pytestmark = pytest.mark.vllm
 
@@ -55,15 +56,16 @@ class Engine:
         self.layers = [make_layer(3), make_layer(5)]
         spec = SimpleNamespace(kv_cache_spec=SimpleNamespace(block_size=BLOCK))
         self.capture = Capture(
-            self.runner,
-            SimpleNamespace(num_blocks=9, kv_cache_groups=[spec]),
-            self.layers,
-            [GROUPS, GROUPS],
-            CaptureConfig(layers=(3, 5)),
+            Task(
+                self.runner,
+                SimpleNamespace(num_blocks=9, kv_cache_groups=[spec]),
+                CaptureConfig(layers=(3, 5)),
+                self.layers,
+                [GROUPS, GROUPS],
+                place,
+                divide([0, 0], [GROUPS, GROUPS], HEADS, place)[place.tensor_rank],
+            ),
             SimpleNamespace(trace=lambda *trace: self.sent.append(trace)),
-            place,
-            divide([0, 0], [GROUPS, GROUPS], HEADS, place)[place.tensor_rank],
-            None,
         )
         self.capture.wrap()
 
