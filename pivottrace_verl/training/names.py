@@ -140,5 +140,10 @@ NAMES = (
         "sleeps `poll_interval`, shortened on small machines; the wait is bounded around it",
         ("self", "partition_id", "last_debug_time"),
     ),
+    Name(
+        "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer._clear_groups",
+        "groups that are not trained on are looked at before they go",
+        ("self", "partition_id", "uids"),
+    ),
     Name("vllm.v1.engine.async_llm:AsyncLLM.errored", "says that the engine of a server is dead"),
 )

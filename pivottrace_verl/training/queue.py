@@ -18,9 +18,14 @@ def records(batch: Any) -> list[tuple[str, dict[str, Any]]]:
     trajectories only the last has a whole one.
     """
     keys = [k for k, t in zip(batch.keys, batch.tags, strict=True) if not t.get("is_padding")]
-    data = tq.kv_batch_get(
-        keys=keys, partition_id=batch.partition_id, select_fields=["extra_fields"]
-    )
+    return records_of(keys, batch.partition_id)
+
+
+def records_of(keys: list[str], partition: str) -> list[tuple[str, dict[str, Any]]]:
+    """`records` of trajectories by key."""
+    if not keys:
+        return []
+    data = tq.kv_batch_get(keys=keys, partition_id=partition, select_fields=["extra_fields"])
     fields = data.pop("extra_fields").tolist()
     return [
         (key.split("_", 1)[0], extra["pivottrace"])

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pivottrace_verl.curriculum import Curriculum, CurriculumConfig, Items
+from pivottrace_verl.curriculum import ROUTES, Curriculum, CurriculumConfig, Items
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.guards import Guard, GuardConfig
 from pivottrace_verl.mixing import Mixing, MixingConfig
@@ -184,8 +184,14 @@ class Steering:
         weights = self._mixing.weights(step)
         return {**weights, "self_train": weights["self_train"] * self._guard.factor}
 
-    def end(self, step: int, records: Records) -> tuple[dict[str, float], list[str]]:
+    def end(
+        self, step: int, records: Records, set_aside: Records = ()
+    ) -> tuple[dict[str, float], list[str]]:
         """Take in the step; returns its metrics, under `pivottrace/`, and what to log.
+
+        `set_aside` are the records of whole groups that verl did not train on (`filter_groups`,
+        staleness, surplus). Votes are measured, the guard watches and re-triage learns on all of
+        them: groups of one reward would else never be seen where verl filters them.
 
         Raises PivotTraceError if the guard stops the training.
         """
@@ -193,7 +199,7 @@ class Steering:
         weights = self.weights(step)
         weighted = [(k, {**r, "weight": r["weight"] * weights[r["route"]]}) for k, r in records]
         metrics = step_metrics(weighted)
-        groups = observed(records)
+        groups = observed([*records, *set_aside])
         self.curriculum.observe([record for _, record in records])
         known = [g for g in groups if g.labeled and g.votes and self._gauge(g)]
         self._mixing.observe(sum(bool(g.majority_right) for g in known), len(known))
@@ -211,6 +217,9 @@ class Steering:
         metrics |= {f"pivottrace/{name}": value for name, value in ours.items()}
         if self._left is not None:
             metrics["pivottrace/budget/left"] = self._left
+        for route in ROUTES:
+            left = {key for key, record in set_aside if record["route"] == route}
+            metrics[f"pivottrace/set_aside/{route}"] = float(len(left))
         metrics["pivottrace/seconds/vote"] = float(sum(r["vote_s"] for _, r in records))
         metrics["pivottrace/seconds/trainer"] = self.seconds + time.perf_counter() - start
         self.seconds = 0.0

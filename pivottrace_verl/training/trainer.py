@@ -54,6 +54,7 @@ class PivotTrainerMixin(PPOTrainer):
         config = SteeringConfig.of(block, batch_size, n)
         self.steering = Steering(items, labelled, config, self._prompts)
         self._scaled: list[tuple[torch.Tensor, str | None]] = []
+        self._set_aside: list[tuple[str, dict[str, Any]]] = []
         self.train_dataloader = StatefulDataLoader(
             dataset=self.train_dataset,
             batch_size=self.config.data.get("gen_batch_size") or self.config.data.train_batch_size,
@@ -93,6 +94,16 @@ class PivotTrainerMixin(PPOTrainer):
             return wait(partition, last_debug_time)
 
         buffer._wait_for_next_poll = wait_and_look
+        clear = buffer._clear_groups
+
+        def keep_and_clear(partition: str, uids: set[str]) -> None:
+            if partition == "train":
+                done = uids & buffer.finished_keys[partition]
+                keys = [k for k in buffer.partitions[partition] if k.split("_", 1)[0] in done]
+                self._set_aside += queue.records_of(keys, partition)
+            clear(partition, uids)
+
+        buffer._clear_groups = keep_and_clear
 
     def fit(self, agent_loop_manager: Any) -> None:
         with Watch(self._signs_of_life(agent_loop_manager)):
@@ -150,7 +161,8 @@ class PivotTrainerMixin(PPOTrainer):
         batch = super().step(metrics, timing_raw)
         records = queue.records(batch)
         # Before the checkpoint is written, so that a resumed run knows what this step taught.
-        ours, sentences = self.steering.end(self.global_steps, records)
+        ours, sentences = self.steering.end(self.global_steps, records, self._set_aside)
+        self._set_aside = []
         metrics.update(ours)
         metrics["pivottrace/rollouts/failed"] = failed_rollouts(records)
         # Of all the step's mini-batches, which separate_async trains one by one.

@@ -94,6 +94,18 @@ def test_votes_are_measured_on_labelled_prompts_no_more_uncertain_than_self_trai
                  config(weights={"policy": "measured"}), lambda rows: [])  # fmt: skip
 
 
+def test_groups_that_verl_does_not_train_on_are_counted_and_learnt_from() -> None:
+    steering, alone = plain(), plain()
+    trained_on = [("g0", record("s0", labeled=False))]
+    aside = [("g1", record("a0")), ("g1", record("a0"))]
+    metrics, _ = steering.end(1, trained_on, aside)
+    without, _ = alone.end(1, trained_on)
+    assert metrics["pivottrace/set_aside/annotate"] == 1
+    assert without["pivottrace/set_aside/annotate"] == 0
+    assert "pivottrace/annotate/reward" not in metrics
+    assert steering.state_dict()["guard"] != alone.state_dict()["guard"]
+
+
 def collapse(steering: Steering) -> list[str]:
     told = []
     for step, (agreement, right) in enumerate([(0.2, 1.0)] * 2 + [(0.9, 0.0)] * 2):
