@@ -22,8 +22,12 @@ from pivottrace_verl.files import write_bytes_atomic
 from pivottrace_verl.ledger import Ledger
 
 
+EVERY_S = 4.0
+"""The kernel walks a process's pages to say which it shares: not to be asked all the time."""
+
+
 class PeakMemory(threading.Thread):
-    """Largest resident memory of this process and all below it, sampled twice a second."""
+    """Largest resident memory of this process and all below it, sampled every `EVERY_S` seconds."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -41,7 +45,7 @@ class PeakMemory(threading.Thread):
                 except psutil.Error:
                     continue
             self.peak = max(self.peak, total)
-            time.sleep(0.5)
+            time.sleep(EVERY_S)
 
 
 class Stages:
