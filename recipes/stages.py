@@ -21,7 +21,6 @@ from rich.console import Console
 from pivottrace_verl.files import write_bytes_atomic
 from pivottrace_verl.ledger import Ledger
 
-
 EVERY_S = 4.0
 """The kernel walks a process's pages to say which it shares: not to be asked all the time."""
 
