@@ -14,7 +14,7 @@ from pivottrace_verl.attention.replay import compare, replay
 pytestmark = pytest.mark.vllm
 
 TOLERANCE = 1e-4
-SLOW = ("tensor", "first_stage", "both", "data")
+SLOW = ("tensor", "pipeline", "first_stage", "both", "data", "drafts")
 # Workers that capture: ranks x stages x replicas.
 WORKERS = {
     "tensor": 2,
