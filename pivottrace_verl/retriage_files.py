@@ -86,7 +86,6 @@ class LabelFeed:
         """Cost of all labels in the ledger."""
         self.bought: list[str] = []
         """All prompts with a label, those apart that training does not use yet."""
-        self.n_bought = 0
         """Labels in the ledger."""
 
     def arrived(self, step: int) -> dict[str, str]:
@@ -113,7 +112,7 @@ class LabelFeed:
 
     def _use(self, labels: Mapping[str, str], new: Mapping[str, str]) -> None:
         self._used |= new
-        self.spent, self.n_bought = self._ledger.spent(), len(labels)
+        self.spent = self._ledger.spent()
         unused = self._waiting - set(self._used)
         self.bought = [pt_id for pt_id in labels if pt_id not in unused]
 
