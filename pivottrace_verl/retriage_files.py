@@ -86,7 +86,6 @@ class LabelFeed:
         """Cost of all labels in the ledger."""
         self.bought: list[str] = []
         """All prompts with a label, those apart that training does not use yet."""
-        """Labels in the ledger."""
 
     def arrived(self, step: int) -> dict[str, str]:
         """pt_id -> label of those that come into use at this step; they are logged first."""
