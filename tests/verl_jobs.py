@@ -40,9 +40,11 @@ APART = ("rollout_corr/", "training/rollout_", "training/epoch")
 hangs on the length of the file."""
 
 
-def make_policy(folder: Path) -> Path:
-    """The quickstart's small policy, trained long enough to be right now and then."""
-    _recipe("make_policy.py", "--out", folder, "--small", "--steps", 1200)
+def make_policy(folder: Path, steps: int | None = 1200) -> Path:
+    """The quickstart's small policy, trained long enough to be right now and then; without `steps`
+    for as long as `--small` says."""
+    more = () if steps is None else ("--steps", steps)
+    _recipe("make_policy.py", "--out", folder, "--small", *more)
     return folder
 
 
@@ -86,6 +88,33 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
+def job_overrides(
+    folder: Path, policy: Path, rows: Path, batch_size: int = 8, rollouts: int = 4
+) -> list[str]:
+    """What all small jobs have in common: one update a step, nothing validated or resumed, and all
+    that is left behind in `folder`."""
+    return [
+        f"actor_rollout_ref.model.path={policy}",
+        f"data.train_files={rows}",
+        f"data.val_files={rows}",
+        f"data.train_batch_size={batch_size}",
+        "data.max_prompt_length=64",
+        "data.max_response_length=128",
+        f"actor_rollout_ref.actor.ppo_mini_batch_size={batch_size}",
+        "actor_rollout_ref.actor.optim.lr=1e-4",
+        "actor_rollout_ref.actor.use_kl_loss=False",
+        f"actor_rollout_ref.rollout.n={rollouts}",
+        "actor_rollout_ref.rollout.calculate_log_probs=True",
+        "trainer.val_before_train=False",
+        "trainer.test_freq=-1",
+        "trainer.resume_mode=disable",
+        "trainer.logger=[console,file]",
+        f"trainer.default_local_dir={folder / 'checkpoints'}",
+        f"trainer.rollout_data_dir={folder / 'rollouts'}",
+        f"hydra.run.dir={folder / 'hydra'}",
+    ]
+
+
 def run_job(
     folder: Path,
     module: str,
@@ -105,34 +134,17 @@ def run_job(
         *(sys.executable, "-m", module),
         *cpu_overrides(env=extra),
         *SETTINGS,
-        f"actor_rollout_ref.model.path={policy}",
-        f"data.train_files={rows}",
-        f"data.val_files={rows}",
-        f"data.train_batch_size={batch_size}",
-        "data.max_prompt_length=64",
-        "data.max_response_length=128",
+        *job_overrides(folder, policy, rows, batch_size, rollouts),
         "data.shuffle=False",
         "algorithm.adv_estimator=grpo",
-        f"actor_rollout_ref.actor.ppo_mini_batch_size={batch_size}",
-        "actor_rollout_ref.actor.optim.lr=1e-4",
-        "actor_rollout_ref.actor.use_kl_loss=False",
         "actor_rollout_ref.actor.checkpoint.save_contents=[hf_model]",
-        f"actor_rollout_ref.rollout.n={rollouts}",
-        "actor_rollout_ref.rollout.calculate_log_probs=True",
         "reward.custom_reward_function.path=pkg://pivottrace_verl.training.reward",
         "reward.custom_reward_function.name=compute_score",
         # Stock verl's configuration lacks the key; ours has it.
         f"+{answers}" if module == STOCK else "pivottrace.answers=expression",
         f"trainer.total_training_steps={steps}",
         "trainer.total_epochs=1000000",
-        "trainer.val_before_train=False",
-        "trainer.test_freq=-1",
         f"trainer.save_freq={steps}",
-        "trainer.resume_mode=disable",
-        "trainer.logger=[console,file]",
-        f"trainer.default_local_dir={folder / 'checkpoints'}",
-        f"trainer.rollout_data_dir={folder / 'rollouts'}",
-        f"hydra.run.dir={folder / 'hydra'}",
         *overrides,
     ]
     log = folder / "train.log"

@@ -30,7 +30,6 @@ from pivottrace_verl.attention.cpu_rows import LayerRows, StepRows, compiled_row
 from pivottrace_verl.attention.first_rows import LONGEST, check_complete, check_row, dense_row
 from pivottrace_verl.attention.keys import PagedKeys
 from pivottrace_verl.attention.reference import (
-    ScoreRule,
     group_heads,
     needed_heads,
     row_statistics,
@@ -38,7 +37,7 @@ from pivottrace_verl.attention.reference import (
 )
 from pivottrace_verl.attention.sender import Sender
 from pivottrace_verl.attention.store import NOBODY, SlotStore, Tracker
-from pivottrace_verl.attention.support import key_layout, sliding_window
+from pivottrace_verl.attention.support import key_layout, score_rule, sliding_window
 from pivottrace_verl.attention.task import Task
 from pivottrace_verl.pivots import FEATURES
 
@@ -74,7 +73,7 @@ class Capture:
         self._sender = sender
         self._layouts = [key_layout(layer) for layer in self.layers]
         impls = [layer.module.impl for layer in self.layers]
-        self._rules = [ScoreRule(impl.scale, impl.logits_soft_cap) for impl in impls]
+        self._rules = [score_rule(impl) for impl in impls]
         self._windows = [sliding_window(impl) for impl in impls]
         self._heads = [
             needed_heads(own, layer.n_heads)

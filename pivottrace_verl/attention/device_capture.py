@@ -30,13 +30,12 @@ import torch
 from pivottrace_verl.attention.device_layers import (
     layer_keys,
     prove_layout,
-    score_rule,
 )
 from pivottrace_verl.attention.device_store import DeviceStore, StepRows
 from pivottrace_verl.attention.device_tracker import DeviceTracker
 from pivottrace_verl.attention.kernel import Batch, RowKernel, group_shares, write_tokens
 from pivottrace_verl.attention.sender import Sender
-from pivottrace_verl.attention.support import TracedLayer, refuse, sliding_window
+from pivottrace_verl.attention.support import TracedLayer, refuse, score_rule, sliding_window
 from pivottrace_verl.attention.task import Task
 from pivottrace_verl.pivots import FEATURES
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from pivottrace_verl.attention.keys import StridedKeys
-from pivottrace_verl.attention.reference import ScoreRule
 from pivottrace_verl.attention.support import TracedLayer, refuse
 
 BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "CPU_ATTN")
@@ -101,11 +100,6 @@ def platform_fp8() -> torch.dtype:
 
     dtype: torch.dtype = current_platform.fp8_dtype()
     return dtype
-
-
-def score_rule(impl: Any) -> ScoreRule:
-    """The layer's; learnt sinks stay the tensor that vLLM keeps, so that new weights count."""
-    return ScoreRule(float(impl.scale), float(impl.logits_soft_cap or 0.0), impl.sinks)
 
 
 def _halves(cache: torch.Tensor) -> torch.Tensor | None:

@@ -13,6 +13,7 @@ import torch
 from pivottrace_verl.attention.config import CaptureConfig
 from pivottrace_verl.attention.keys import find_layout
 from pivottrace_verl.attention.parts import Place
+from pivottrace_verl.attention.reference import ScoreRule
 
 
 @dataclass(frozen=True)
@@ -246,6 +247,11 @@ def sliding_window(impl: Any) -> int | None:
     if window is None or isinstance(window, int):
         return None if window is None or window < 0 else window
     return None if window[0] < 0 else int(window[0]) + 1
+
+
+def score_rule(impl: Any) -> ScoreRule:
+    """The layer's; learnt sinks stay the tensor that vLLM keeps, so that new weights count."""
+    return ScoreRule(float(impl.scale), float(impl.logits_soft_cap or 0.0), impl.sinks)
 
 
 def key_layout(layer: TracedLayer) -> str:

@@ -24,6 +24,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def interpreted():
+    """Triton kernels run in the interpreter while a module's tests do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        yield
+
+
 @pytest.fixture(scope="session")
 def run_engines(tmp_path_factory):
     """Run one of the scripts beside this file; returns what it wrote."""

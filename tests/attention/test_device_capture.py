@@ -35,12 +35,8 @@ with pytest.MonkeyPatch.context() as patch:
     from pivottrace_verl.attention.device_capture import _COMMON, DeviceCapture
 
 
-@pytest.fixture(scope="module", autouse=True)
-def interpreted():
-    """... and when one is first launched; Triton's own library: tests/conftest.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        yield
+# ... and when one is first launched; Triton's own library: tests/conftest.py.
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 HEADS, KV_HEADS, SIZE, BLOCK, N_BLOCKS, WORDS, MAX_REQUESTS = 4, 2, 16, 16, 12, 50, 4

@@ -35,12 +35,8 @@ with pytest.MonkeyPatch.context() as patch:
     from pivottrace_verl.attention.kernel import Batch, RowKernel, group_shares, write_tokens
 
 
-@pytest.fixture(scope="module", autouse=True)
-def interpreted():
-    """... and when one is first launched; Triton's own library: tests/conftest.py."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_INTERPRET", "1")
-        yield
+# ... and when one is first launched; Triton's own library: tests/conftest.py.
+pytestmark = pytest.mark.usefixtures("interpreted")
 
 
 UNTOUCHED = -7.0

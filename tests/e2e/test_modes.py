@@ -60,8 +60,8 @@ def test_colocate_async_trains_resumes_and_loses_no_prompt(job: Callable[..., Jo
     first = job(*COLOCATE, "trainer.total_training_steps=3", "trainer.save_freq=2")
     steps = trained(first)
     assert len(steps) == 3
-    # Where a rollout went on under new weights (a matter of timing), its traces came together.
-    assert all(step["pivottrace/capture/traced"] == 32 for step in steps)
+    # Whether a rollout went on under new weights is a matter of timing; `trained` sees that its
+    # traces came together where it did.
     second = job(
         *COLOCATE,
         "trainer.total_training_steps=6",

@@ -1,6 +1,5 @@
 """A small verl job with PivotTrace on: rows of both routes, two cores, a minute or two each."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,13 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pivottrace_verl.cpu.settings import cpu_env, cpu_overrides
+from tests.verl_jobs import (
+    ROOT,
+    job_overrides,
+    labelled_rows,
+    make_policy,
+    make_pool,
+    read_lines,
+    write_rows,
+)
 
-ROOT = Path(__file__).resolve().parents[2]
-RECIPE = ROOT / "recipes" / "quickstart"
 N_PROMPTS = 64
 LIMIT_S = 900.0
 """A job that takes longer hangs."""
@@ -25,32 +29,14 @@ LIMIT_S = 900.0
 
 def prepare(path: Path) -> None:
     """A policy, and rows of verl's whose odd ones have no label that anybody bought."""
-    for command in (
-        ("make_policy.py", "--out", path / "policy", "--small"),
-        ("make_pool.py", "--out", path / "data", "--n-pool", N_PROMPTS, "--n-val", 8),
-    ):
-        words = [str(word) for word in command[1:]]
-        subprocess.run([sys.executable, RECIPE / command[0], *words], check=True)
-    labels = {}
-    for line in (path / "data" / "answers.jsonl").read_text().splitlines():
-        labels[json.loads(line)["pt_id"]] = json.loads(line)["label"]
-    pool = [json.loads(line) for line in (path / "data" / "pool.jsonl").read_text().splitlines()]
-    rows = [
-        {
-            "prompt": row["prompt"],
-            "data_source": row["data_source"],
-            "reward_model": {"style": "rule", "ground_truth": label if i % 2 == 0 else None},
-            "extra_info": {
-                "index": i,
-                "pt_id": pt_id,
-                "labeled": i % 2 == 0,
-                "route": "self_train" if i % 2 else "annotate",
-                "uncertainty": i / N_PROMPTS,
-            },
-        }
-        for i, (row, (pt_id, label)) in enumerate(zip(pool, labels.items(), strict=True))
-    ]
-    pq.write_table(pa.Table.from_pylist(rows), path / "rows.parquet")
+    make_policy(path / "policy", steps=None)
+    rows = labelled_rows(make_pool(path / "data", N_PROMPTS))
+    for i, row in enumerate(rows):
+        row["extra_info"]["uncertainty"] = i / N_PROMPTS
+        if i % 2:
+            row["extra_info"] |= {"labeled": False, "route": "self_train"}
+            row["reward_model"]["ground_truth"] = None
+    write_rows(path / "rows.parquet", rows)
 
 
 class Job:
@@ -62,28 +48,11 @@ class Job:
         extra = {"VERL_FILE_LOGGER_PATH": str(self.folder / "metrics.jsonl")}
         words = [
             *cpu_overrides(env={**extra, "PYTHONPATH": str(ROOT)}),
-            f"actor_rollout_ref.model.path={work / 'policy'}",
-            f"data.train_files={work / 'rows.parquet'}",
-            f"data.val_files={work / 'rows.parquet'}",
-            "data.train_batch_size=8",
-            "data.max_prompt_length=64",
-            "data.max_response_length=128",
-            "actor_rollout_ref.actor.ppo_mini_batch_size=8",
-            "actor_rollout_ref.actor.optim.lr=1e-4",
-            "actor_rollout_ref.actor.use_kl_loss=False",
-            "actor_rollout_ref.rollout.n=4",
-            "actor_rollout_ref.rollout.calculate_log_probs=True",
+            *job_overrides(self.folder, work / "policy", work / "rows.parquet"),
             "pivottrace.answers=expression",
             "pivottrace.detector.tau=0.01",
             "pivottrace.poll_interval_s=0.1",
-            "trainer.val_before_train=False",
-            "trainer.test_freq=-1",
             "trainer.save_freq=-1",
-            "trainer.resume_mode=disable",
-            "trainer.logger=[console,file]",
-            f"trainer.default_local_dir={self.folder / 'checkpoints'}",
-            f"trainer.rollout_data_dir={self.folder / 'rollouts'}",
-            f"hydra.run.dir={self.folder / 'hydra'}",
             *overrides,
         ]
         self.log = self.folder / "log"
@@ -99,13 +68,11 @@ class Job:
     def metrics(self) -> list[dict[str, Any]]:
         """Of each step that is complete."""
         file = self.folder / "metrics.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        return [json.loads(line)["data"] for line in lines if line.endswith("\n")]
+        return [entry["data"] for entry in read_lines(file)] if file.exists() else []
 
     def prompts(self, step: int) -> set[str]:
         """Those that the step trained on."""
-        lines = (self.folder / "rollouts" / f"{step}.jsonl").read_text().splitlines()
-        return {json.loads(line)["input"] for line in lines}
+        return {row["input"] for row in read_lines(self.folder / "rollouts" / f"{step}.jsonl")}
 
     def kill(self, name: str) -> int:
         """SIGKILL the first of the job's processes whose command holds `name`."""
