@@ -16,6 +16,7 @@ groups, F features in the order of `pivots.FEATURES`, V vocabulary.
 # numba reads the types off the arguments.
 # mypy: disable-error-code="no-untyped-def, assignment"
 
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -95,22 +96,25 @@ def _largest(numbers, lanes):
 
 
 @njit(fastmath=FAST)
-def _products(query, keys, scores, block_size, size):
-    """scores [block_size] = query [D] times keys [D * block_size], one column a token."""
-    for j in range(block_size):
+def _products(query, keys, first, scores, n, size):
+    """scores [n] = query [D] times keys[first:] [D * n], one column a token; D a multiple of 8, so
+    that a score is read and written once for eight products."""
+    for j in range(n):
         scores[j] = F32(0)
-    for d in range(0, size, 4):
+    for d in range(0, size, 8):
         q0, q1, q2, q3 = query[d], query[d + 1], query[d + 2], query[d + 3]
-        k0 = keys[d * block_size : (d + 1) * block_size]
-        k1 = keys[(d + 1) * block_size : (d + 2) * block_size]
-        k2 = keys[(d + 2) * block_size : (d + 3) * block_size]
-        k3 = keys[(d + 3) * block_size : (d + 4) * block_size]
-        for j in range(block_size):
-            scores[j] += q0 * k0[j] + q1 * k1[j] + q2 * k2[j] + q3 * k3[j]
+        q4, q5, q6, q7 = query[d + 4], query[d + 5], query[d + 6], query[d + 7]
+        # One slice, not eight: each would be checked for overlap with the scores.
+        k = keys[first + d * n : first + (d + 8) * n]
+        for j in range(n):
+            near = q0 * k[j] + q1 * k[n + j] + q2 * k[2 * n + j] + q3 * k[3 * n + j]
+            far = q4 * k[4 * n + j] + q5 * k[5 * n + j] + q6 * k[6 * n + j] + q7 * k[7 * n + j]
+            scores[j] += near + far
 
 
 @njit
-def _rearrange(page, held, block_size, size, amx):
+def _rearrange(pages, first, held, block_size, size, amx):
+    page = pages[first : first + block_size * size]
     if amx:
         for tile in range(block_size // TILE):
             for pair in range(size // 2):
@@ -122,25 +126,17 @@ def _rearrange(page, held, block_size, size, amx):
     else:
         for i in range(block_size * size):
             held[i] = _widen(page[i])
-    return held
 
 
-def _columns(page: Any, held: Any, block_size: int, size: int, amx: bool) -> Any:
-    """The keys of one block and head as float32 [D * block_size], one column a token, in place or
-    copied into `held`; see `keys` for the layouts."""
+def _columns(pages: Any, held: Any, in_place: bool) -> Any:
+    """Which of the two holds a block's keys as `_products` reads them."""
 
 
 @overload(_columns, strict=False)
-def _columns_overload(page, held, block_size, size, amx):
-    if page.dtype == types.float32:
-        return lambda page, held, block_size, size, amx: (
-            _rearrange(page, held, block_size, size, amx) if amx else page
-        )
-
-    def copied(page, held, block_size, size, amx):
-        return _rearrange(page, held, block_size, size, amx)
-
-    return copied
+def _columns_overload(pages, held, in_place):
+    if pages.dtype == types.float32:
+        return lambda pages, held, in_place: pages if in_place else held
+    return lambda pages, held, in_place: held
 
 
 @njit(fastmath=FAST)
@@ -195,81 +191,101 @@ def _features(scores, first, position, prompt, window, sink, learnt, lanes, out)
         out[BUCKET_0 + b] /= total
 
 
-@njit(nogil=True, cache=True)
-def layer_rows(
-    query,
-    pages,
-    amx,
-    table,
-    positions,
-    prompts,
-    weights,
-    scale,
-    soft_cap,
-    sinks,
-    seen,
-    window,
-    sink,
-    out,
-):
-    """Rows of one layer: out [N, G, F] float32.
+@njit(inline="always")
+def _block_scores(queries, wanted, numbers, start, held, amx, scores, at, block_size, size):
+    """scores[:, at:] [sharing, block_size] of the wanted heads with the keys at numbers[start:]."""
+    in_place = not amx and numbers.itemsize == held.itemsize
+    if not in_place:
+        _rearrange(numbers, start, held, block_size, size, amx)
+        start = 0
+    keys = _columns(numbers, held, in_place)
+    for g in range(len(queries)):
+        if wanted[g]:
+            own = scores[g, at : at + block_size]  # contiguous, and known to be
+            _products(queries[g], keys, start, own, block_size, size)
 
-    query [N, H, D] after rotary embedding; pages [blocks, H_kv, 2 D block_size], keys first, in the
-    layout `columns` or `amx`; table [N, >= B]; positions, prompts [N]; weights [G, H] of each
-    head in its groups' means; sinks [H] learnt scores, -inf for none; seen, how many keys a
-    row sees, its own included.
+
+@njit
+def _add_features(
+    scores, before, first, position, prompt, weights, soft_cap, sinks, window, sink, lanes,
+    features, out,
+):  # fmt: skip
+    """Features of a row and the heads of a key head, times their weights [G, sharing], into
+    out [G, F]; scores [sharing, keys from position `before` on] are overwritten."""
+    for g in range(len(scores)):
+        if not np.any(weights[:, g]):
+            continue
+        used = scores[g, first - before : position + 1 - before]
+        if soft_cap > 0:
+            for j in range(len(used)):
+                used[j] = soft_cap * np.tanh(used[j] / soft_cap)
+        _features(used, first, position, prompt, window, sink, sinks[g], lanes, features)
+        for group in range(len(weights)):
+            weight = weights[group, g]
+            if weight > 0:
+                for i in range(N_FEATURES):
+                    out[group, i] += weight * features[i]
+
+
+@cache
+def layer_rows(block_size: int, size: int) -> Any:
+    """The compiled function for these blocks and heads: its inner loops are only fast when their
+    lengths are known. It writes the rows of one layer into its last argument, out [N, G, F]
+    float32.
+
+    The others: query [N, H, D] after rotary embedding; pages [blocks, H_kv, 2 D block_size],
+    keys first, in the layout `columns` or `amx`; table [N, >= B]; positions, prompts [N];
+    weights [G, H] of each head in its groups' means; sinks [H] learnt scores, -inf for none;
+    seen, how many keys a row sees, its own included.
     """
-    n_heads, size = query.shape[1], query.shape[2]
-    kv_heads = pages.shape[1]
-    sharing, block_size = n_heads // kv_heads, pages.shape[2] // (2 * size)
-    wanted = np.zeros(n_heads, np.bool_)
-    for head in range(n_heads):
-        wanted[head] = np.any(weights[:, head])
-    longest = 0
-    for position in positions:
-        longest = max(longest, position)
-    lanes = np.empty(LANES, np.float32)
-    held = np.empty(size * block_size, np.float32)
-    scores = np.empty((sharing, (longest // block_size + 1) * block_size), np.float32)
-    features = np.empty(N_FEATURES, np.float32)
-    queries = np.empty((sharing, size), np.float32)
-    for row in range(len(positions)):
-        position, own = positions[row], out[row]
-        first = max(0, position + 1 - seen)
-        first_block, end_block = first // block_size, position // block_size + 1
-        own[:] = F32(0)
-        for kv_head in range(kv_heads):
-            first_head = kv_head * sharing
-            if not np.any(wanted[first_head : first_head + sharing]):
-                continue
-            for g in range(sharing):
-                for d in range(size):
-                    queries[g, d] = _widen(query[row, first_head + g, d]) * scale
-            for block in range(first_block, end_block):
-                at = (block - first_block) * block_size
-                page = pages[table[row, block], kv_head]
-                keys = _columns(page, held, block_size, size, amx)
-                for g in range(sharing):
-                    if wanted[first_head + g]:
-                        own_scores = scores[g, at : at + block_size]
-                        _products(queries[g], keys, own_scores, block_size, size)
-            begin, end = first - first_block * block_size, position + 1 - first_block * block_size
-            for g in range(sharing):
-                head = first_head + g
-                if not wanted[head]:
+
+    # fmt: off
+    @njit(nogil=True, cache=True)
+    def rows(
+        query, pages, amx, table, positions, prompts, weights, scale, soft_cap, sinks, seen,
+        window, sink, out,
+    ):
+        # fmt: on
+        n_heads, kv_heads = query.shape[1], pages.shape[1]
+        sharing = n_heads // kv_heads
+        wanted = np.zeros(n_heads, np.bool_)
+        for head in range(n_heads):
+            wanted[head] = np.any(weights[:, head])
+        longest = 0
+        for position in positions:
+            longest = max(longest, position)
+        lanes = np.empty(LANES, np.float32)
+        held = np.empty(size * block_size, np.float32)
+        scores = np.empty((sharing, (longest // block_size + 1) * block_size), np.float32)
+        features = np.empty(N_FEATURES, np.float32)
+        queries = np.empty((sharing, size), np.float32)
+        numbers = pages.reshape(-1)
+        for row in range(len(positions)):
+            position = positions[row]
+            first = max(0, position + 1 - seen)
+            first_block, end_block = first // block_size, position // block_size + 1
+            out[row] = F32(0)
+            for kv_head in range(kv_heads):
+                heads = slice(kv_head * sharing, (kv_head + 1) * sharing)
+                if not np.any(wanted[heads]):
                     continue
-                used = scores[g, begin:end]
-                if soft_cap > 0:
-                    for j in range(len(used)):
-                        used[j] = soft_cap * np.tanh(used[j] / soft_cap)
-                _features(
-                    used, first, position, prompts[row], window, sink, sinks[head], lanes, features
-                )
-                for group in range(len(weights)):
-                    weight = weights[group, head]
-                    if weight > 0:
-                        for i in range(N_FEATURES):
-                            own[group, i] += weight * features[i]
+                for g in range(sharing):
+                    for d in range(size):
+                        queries[g, d] = _widen(query[row, heads.start + g, d]) * scale
+                for block in range(first_block, end_block):
+                    start = (table[row, block] * kv_heads + kv_head) * pages.shape[2]
+                    at = (block - first_block) * block_size
+                    _block_scores(
+                        queries, wanted[heads], numbers, start, held, amx, scores, at,
+                        block_size, size,
+                    )  # fmt: skip
+                _add_features(
+                    scores, first_block * block_size, first, position, prompts[row],
+                    weights[:, heads], soft_cap, sinks[heads], window, sink, lanes, features,
+                    out[row],
+                )  # fmt: skip
+
+    return rows
 
 
 @njit(fastmath=FAST, nogil=True, cache=True)

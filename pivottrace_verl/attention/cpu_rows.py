@@ -132,7 +132,8 @@ class CompiledRows:
         """
         amx, constants = self._layers[place].layout == "amx", self._constants[place]
         out = torch.empty(len(query), len(constants[0]), len(FEATURES))
-        self._kernel.layer_rows(
+        layer_rows = self._kernel.layer_rows(cache.shape[2], query.shape[2])
+        layer_rows(
             _numbers(query), _numbers(cache.view(*cache.shape[:2], -1)), amx, *step.arrays,
             *constants, out.numpy(),
         )  # fmt: skip

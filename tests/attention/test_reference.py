@@ -217,7 +217,9 @@ def test_compiled_rows_are_proved_before_they_are_used(monkeypatch):
     layers = [LayerRows("columns", RULE, window, ((0, 1),), 4) for window in (None, 8)]
     assert compiled_rows(caches, layers, config) is not None
     assert compiled_rows([cache.half() for cache in caches], layers, config) is None
-    monkeypatch.setattr(cpu_kernel, "layer_rows", lambda *arguments: arguments[-1].fill(1.0))
+    monkeypatch.setattr(
+        cpu_kernel, "layer_rows", lambda *shape: lambda *arguments: arguments[-1].fill(1.0)
+    )
     with pytest.raises(RuntimeError, match=r"wrong rows at start .*PIVOTTRACE_DISABLE=1"):
         compiled_rows(caches, layers, config)
 

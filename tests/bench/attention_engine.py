@@ -130,7 +130,6 @@ def main() -> None:
         skip_tokenizer_init=True,
         dtype=dtype,
         enforce_eager=True,
-        block_size=32,
         max_model_len=int(longest),
         max_num_seqs=16,
         max_num_batched_tokens=max(2048, int(longest)),
