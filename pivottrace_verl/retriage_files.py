@@ -191,8 +191,8 @@ def budget_left(run: RunDir, config: RetriageConfig, n_bought: int, spent: float
     """Labels, or cost, that the budget leaves; None if there is no budget, or no plan."""
     if not (run.path / "triage.json").exists():
         return None
-    settings = run.triage()["config"]
-    budget = settings["budget"] if config.budget is None else config.budget
+    settings = run.triage().get("config", {})  # a plan made by hand has none
+    budget = settings.get("budget") if config.budget is None else config.budget
     if budget is not None:
         return float(budget - n_bought)
     cost = settings.get("budget_cost")

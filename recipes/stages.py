@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import subprocess
 import sys
 import threading
@@ -69,7 +70,7 @@ class Stages:
             return
         self.console.print("$ " + line, style="dim", highlight=False, soft_wrap=True)
         start = time.monotonic()
-        status = subprocess.run(words, check=False).returncode
+        status = _run(words)
         seconds = time.monotonic() - start
         self.log["seconds"][name] = round(self.log["seconds"].get(name, 0.0) + seconds, 1)
         if status == 0:
@@ -79,7 +80,7 @@ class Stages:
             self.console.print(
                 f"error: stage {name} ended with status {status}; the same command goes on there."
             )
-            sys.exit(status)
+            sys.exit(status if status > 0 else 128 - status)
 
     def note_peak(self, memory: PeakMemory) -> None:
         """Keep the largest peak of all sessions."""
@@ -94,6 +95,20 @@ class Stages:
 def write_json(file: Path, value: Any) -> None:
     """The file whole or not at all, its keys in the order they are in."""
     write_bytes_atomic(file, json.dumps(value, indent=1).encode())
+
+
+def _run(words: list[str]) -> int:
+    """Exit status of a command, which ends when this process is told to: it gets SIGTERM too, and
+    Ctrl-C by itself."""
+    with subprocess.Popen(words) as process:
+        before = signal.signal(signal.SIGTERM, lambda *_: process.terminate())
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
 
 def annotate(stage: Stages, pivottrace: Path, run: Path, data: Path, what: str) -> None:

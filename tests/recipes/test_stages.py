@@ -1,7 +1,11 @@
 """The stages of a recipe: done once, in order, each as a process."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +38,34 @@ def test_a_stage_that_failed_stops_the_recipe_and_is_run_again(tmp_path: Path) -
             made(tmp_path)("mark", *append(tmp_path / "marks", "exit(3)"))
         assert stop.value.code == 3
     assert (tmp_path / "marks").read_text() == "xx"
+
+
+def test_a_recipe_that_is_told_to_end_ends_its_stage_too(tmp_path: Path) -> None:
+    stage = tmp_path / "stage.py"
+    stage.write_text(
+        f"import os, pathlib, time\n"
+        f"pathlib.Path({str(tmp_path / 'new')!r}).write_text(str(os.getpid()))\n"
+        f"os.rename({str(tmp_path / 'new')!r}, {str(tmp_path / 'pid')!r})\n"
+        f"time.sleep(600)\n"
+    )
+    recipe = tmp_path / "recipe.py"
+    recipe.write_text(
+        f"import sys, pathlib\nsys.path.insert(0, {str(Path(stages.__file__).parent)!r})\n"
+        f"from rich.console import Console\nfrom stages import Stages\n"
+        f"stage = Stages(pathlib.Path({str(tmp_path / 'stages.json')!r}), Console())\n"
+        f"stage('sleep', sys.executable, {str(stage)!r})\n"
+    )
+    with subprocess.Popen([sys.executable, recipe], stdout=subprocess.PIPE, text=True) as process:
+        while not (tmp_path / "pid").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        told, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "the same command goes on there" in " ".join(told.split())
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
+    assert json.loads((tmp_path / "stages.json").read_text())["finished"] == []
 
 
 def test_seconds_add_up_by_name_and_the_largest_peak_is_kept(tmp_path: Path) -> None:
