@@ -55,8 +55,9 @@ imports: $(STAMP)
 # Threads that wait for one another while another process has the core cost more than they bring.
 unit e2e test-slow: export OMP_NUM_THREADS = 1
 
+# A file's tests share what they set up, so each file stays in one process.
 unit: $(STAMP)
-	$(PY) -m pytest -m "not e2e and not slow"
+	$(PY) -m pytest -n 2 --dist loadfile -m "not e2e and not slow"
 
 e2e: $(STAMP)
 	$(PY) -m pytest -m "e2e and not slow"

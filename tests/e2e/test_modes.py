@@ -131,6 +131,24 @@ def test_lora_trains(job: Callable[..., Job]) -> None:
     assert len(trained(one)) == 2
 
 
+def test_groups_that_verl_filters_out_are_replaced_and_observed(job: Callable[..., Job]) -> None:
+    one = job(
+        "algorithm.filter_groups.enable=true",
+        "algorithm.filter_groups.metric=acc",
+        "data.gen_batch_size=2",
+        "actor_rollout_ref.actor.use_dynamic_bsz=true",
+        "trainer.total_training_steps=2",
+    )
+    for step in trained(one):
+        present = [name for name in ROUTES if f"pivottrace/{name}/prompts" in step]
+        # The reward that verl filters by is the vote's where no label was bought.
+        assert all(step[f"pivottrace/{name}/mixed"] == 1.0 for name in present)
+        evicted = step["training/filter_groups/evicted_samples"]
+        surplus = step.get("training/filter_groups/discarded_surplus_samples", 0.0)
+        set_aside = sum(step.get(f"pivottrace/set_aside/{name}", 0.0) for name in ROUTES)
+        assert evicted > 0 and set_aside == evicted + surplus
+
+
 @pytest.mark.parametrize(
     ("process", "status", "said"),
     [
