@@ -4,13 +4,14 @@
 
 On: requests that ask for their trace and such that do not, one in ten aborted, one in ten with
 n = 2, some continued after an abort. Off: the same, none of them asking. Writes `runs.json` with
-counts of entries and resident memory after the warm-up and at the end; `traces.npz` is empty.
+counts of entries and memory after the warm-up and at the end; `traces.npz` is empty.
 """
 
 import gc
 import json
 import os
 import sys
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,14 @@ def resident_mib():
     gc.collect()
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def own_kib():
+    """What the package's own lines allocated and still hold, as Python and numpy tell it."""
+    gc.collect()
+    ours = tracemalloc.Filter(True, "*/pivottrace_verl/*")
+    snapshot = tracemalloc.take_snapshot().filter_traces([ours])
+    return sum(trace.size for trace in snapshot.traces) / 2**10
 
 
 class Soak:
@@ -138,13 +147,14 @@ class Soak:
 def main(scratch, asking):
     directory = str(Path(scratch, "llama"))
     make_tiny_model(directory)
+    tracemalloc.start()
     with Receiver(CaptureConfig()) as receiver:
         vllm_hooks.install()
         soak = Soak(directory, receiver, asking == "on")
         while soak.number < WARM_UP:
             soak.round()
         first, before = soak.number, soak.entries()
-        resident = [resident_mib()]
+        resident, own = [resident_mib()], own_kib()
         while soak.number < first + REQUESTS:
             soak.round()
             if (soak.number - first) // 2_500 >= len(resident):
@@ -155,6 +165,7 @@ def main(scratch, asking):
             "before": before,
             "after": soak.entries(),
             "resident_mib": [*resident, resident_mib()],
+            "own_kib": [own, own_kib()],
             "counters": receiver.counters,
         }
         soak.engine.engine_core.shutdown()

@@ -141,7 +141,7 @@ def context_cost(shape: dict[str, Any], contexts: list[int], n: int) -> dict[str
     from pivottrace_verl.attention.keys import PagedKeys
     from pivottrace_verl.attention.reference import ScoreRule, row_statistics
 
-    size, block = shape["head_dim"], 32
+    size, block = shape["head_dim"], 128  # vLLM's default on CPUs
     n_heads, rule = shape["num_attention_heads"], ScoreRule(size**-0.5)
     query = torch.randn(n, n_heads, size)
     found: dict[str, list[float]] = {"compiled": [], "reference": []}
@@ -188,6 +188,14 @@ def store_bytes(layers: int) -> int:
     return sum(t.numel() * t.element_size() for t in (store.stats, store.tokens, store.owner)) // 64
 
 
+def processor() -> str:
+    """Its name and widest vector instructions."""
+    words = Path("/proc/cpuinfo").read_text()
+    name = next(line.partition(":")[2].strip() for line in words.splitlines() if "name" in line)
+    widest = next((kind for kind in ("amx", "avx512", "avx2") if kind in words), "")
+    return f"{name} {widest}".strip()
+
+
 MODELS = {
     # layers, KV heads, head size, parameters in billions
     "Qwen2.5-7B": (28, 4, 128, 7.62),
@@ -210,10 +218,12 @@ def measure(
     write_model(folder, "tiny" if quick else "smollm2-135m")
     batches = QUICK if quick else BATCHES
     contexts = [256, 512, 1024] if quick else [256, 512, 1024, 2048, 4096]
-    load_before = os.getloadavg()[0]
-    decoding = dict(before.get("decoding", {})) if before.get("quick") == quick else {}
+    same = before if before.get("quick") == quick else {}
+    decoding, loads = dict(same.get("decoding", {})), dict(same.get("load", {}))
     for dtype in dtypes:
+        load = os.getloadavg()[0]
         decoding[dtype] = alternate(folder, dtype, batches, rounds, shape["vocab_size"])
+        loads[dtype] = {"before": round(load, 2), "after": round(os.getloadavg()[0], 2)}
     eager = eager_seconds(folder, batches["short"], shape["vocab_size"])
     _, _, new = batches["short"]
     stock = decoding[dtypes[0]]["short"]["modes"]["off"]["step_ms"] * (new - 1) / 1e3
@@ -237,9 +247,9 @@ def measure(
             for traced in (2, 4)
         },
         "cores": os.cpu_count(),
-        "load_before": round(load_before, 2),
-        "load": round(os.getloadavg()[0], 2),
+        "load": loads,
         "machine": platform.machine(),
+        "processor": processor(),
         "versions": versions(),
     }
 
