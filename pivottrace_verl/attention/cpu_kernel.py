@@ -114,6 +114,8 @@ def _products(query, keys, first, scores, n, size):
 
 @njit
 def _rearrange(pages, first, held, block_size, size, amx):
+    """held [D * block_size]: the keys at pages[first:] as float32, one column a token; see `keys`
+    for the layouts."""
     page = pages[first : first + block_size * size]
     if amx:
         for tile in range(block_size // TILE):
