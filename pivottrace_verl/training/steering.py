@@ -146,6 +146,7 @@ class Steering:
     def begin(self, step: int) -> list[str]:
         """Take in the labels that arrived."""
         start = time.perf_counter()
+        self.curriculum.begin(step)
         new = {} if self._feed is None else self._feed.arrived(step)
         if new:
             self.curriculum.labelled(list(new))
