@@ -66,4 +66,5 @@ def least_drawn(
     if not len(outside):
         outside = members
     came = counts[outside]
-    return outside[came == came.min()]
+    least: NDArray[np.intp] = outside[came == came.min()]
+    return least

@@ -201,6 +201,65 @@ def test_the_budget_caps_what_is_asked_for_in_all(run: RunDir) -> None:
     assert len(BOUGHT) + len(asked) <= 20
 
 
+def test_a_request_that_is_half_filled_keeps_neither_training_nor_a_resumed_run_from_going_on(
+    run: RunDir,
+) -> None:
+    steering = steer(run)
+    play(steering, run, 1)
+    state = copy.deepcopy(steering.state_dict())
+    play(steering, run, 2)
+    (request,) = (run.path / "train" / "requests").iterdir()
+    for content in (b"", b"pt_id;label\nx;1\n", "pt_id,label\nx,\u00e9".encode("cp1252")):
+        request.write_bytes(content)
+        resumed = steer(run)
+        resumed.load_state_dict(state)
+        for step in range(2, 7):
+            play(resumed, run, step)
+    assert [file.name for file in (run.path / "train" / "requests").iterdir()] == [request.name]
+
+
+def test_what_was_asked_for_after_the_checkpoint_counts_against_the_budget(run: RunDir) -> None:
+    steering = steer(run)
+    state = copy.deepcopy(steering.state_dict())
+    for step in (1, 2):
+        play(steering, run, step)
+    asked = steering.state_dict()["retriage"]["asked"]
+    resumed = steer(run)
+    resumed.load_state_dict(state)
+    for step in (1, 2):
+        resumed.begin(step)
+        # Rollouts that are not those of the first time make other prompts uncertain.
+        for pt_id in set(trained(run)) - set(asked):
+            resumed.end(step, [("g", record(pt_id, False, agreement=0.0))])
+    assert set(asked) <= set(resumed.state_dict()["retriage"]["asked"])
+    assert len(BOUGHT) + len(resumed.state_dict()["retriage"]["asked"]) <= 20
+
+
+def test_labels_that_nobody_asked_for_count_from_the_moment_they_are_bought(run: RunDir) -> None:
+    steering = steer(run, every=1)
+    waiting = [pt_id for pt_id in trained(run) if pt_id not in BOUGHT]
+    steering.begin(1)
+    labels = [{"pt_id": i, "label": "5", **WHO} for i in waiting[:3]]
+    run.ledger().append(labels)
+    records = [("g", record(waiting[4], labeled=False))]
+    metrics, _ = steering.end(1, records)
+    assert metrics["pivottrace/budget/left"] == 20 - len(BOUGHT) - 3
+    assert metrics["pivottrace/retriage/asked"] <= 20 - len(BOUGHT) - 3
+    assert steering.begin(2)[0].startswith("3 labels arrived")
+
+
+def test_the_budget_that_is_left_follows_the_ledger_at_every_step(run: RunDir) -> None:
+    steering = steer(run, enable=False)
+    bought = next(pt_id for pt_id in trained(run) if pt_id not in BOUGHT)
+    left = []
+    for step in (1, 2):
+        steering.begin(step)
+        left.append(steering.end(step, [])[0]["pivottrace/budget/left"])
+        if step == 1:
+            run.ledger().append([{"pt_id": bought, "label": "5", **WHO}])
+    assert left[0] - left[1] == 1
+
+
 @pytest.mark.parametrize("killed", [1, 2, 3, 5])
 def test_a_resumed_run_draws_the_same_prompts_and_moves_the_same(
     run: RunDir, tmp_path: Path, killed: int
