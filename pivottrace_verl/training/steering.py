@@ -142,6 +142,9 @@ class Steering:
     def _gauge(self, group: Observed) -> bool:
         return bool(self.curriculum.uncertainty_of([group.pt_id])[0] <= self._reach)
 
+    def _since(self, pt_ids: Sequence[str]) -> list[int]:
+        return [int(step) for step in self.curriculum.since(pt_ids)]
+
     def begin(self, step: int) -> list[str]:
         """Take in the labels that arrived."""
         start = time.perf_counter()
@@ -203,7 +206,7 @@ class Steering:
         known = [g for g in groups if g.labeled and g.votes and self._gauge(g)]
         self._mixing.observe(sum(bool(g.majority_right) for g in known), len(known))
         told = []
-        verdict = self._guard.observe(groups, self._gauge)
+        verdict = self._guard.observe(step, groups, self._gauge, self._since)
         if verdict is not None:
             told.append(verdict)
         if self._retriage is not None:
