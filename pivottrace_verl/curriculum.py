@@ -135,6 +135,7 @@ class Curriculum:
         self._route = route
         self._resting = resting.copy()
         self._u = uncertainty.copy()
+        self._by_uncertainty = None
         self._changed(np.flatnonzero(moved), self._step + 1)
 
     def labelled(self, pt_ids: Sequence[str]) -> None:
@@ -151,7 +152,6 @@ class Curriculum:
         self._since[places] = step
         for queue in self._queues:
             queue.count(self._counted())
-        self._by_uncertainty = None
         self._lay_out(self._batch)
 
     # Drawing

@@ -145,7 +145,7 @@ class Guard:
         moved = dict(zip(ids, since(list(ids)), strict=True))
         stayed = {i for i, first in moved.items() if first <= self._seen[0].step}
         earlier, later = (
-            [_stayed(step, stayed) for step in steps]
+            [_means_over(stayed, step) for step in steps]
             for steps in (self._seen[:half], self._seen[half:])
         )
         rise = _difference(*([a for a, _ in steps if a is not None] for steps in (earlier, later)))
@@ -184,7 +184,7 @@ def _means(columns: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return {name: statistics.fmean(values) for name, values in columns.items() if values}
 
 
-def _stayed(step: _Step, stayed: Collection[str]) -> tuple[float | None, float | None]:
+def _means_over(stayed: Collection[str], step: _Step) -> tuple[float | None, float | None]:
     """Mean agreement and accuracy of the step over the prompts that stayed; None of none."""
     agreement, accuracy = (
         [x for i, x in pairs if i in stayed] for pairs in (step.agreement, step.accuracy)
