@@ -13,8 +13,8 @@ a few numbers a prompt.
 
 A pass is laid out once, when it begins or when `update` changes it; a draw costs the same however
 large the pool. A batch is `batch_size` draws in a row: where verl replaces groups that
-`filter_groups` took out, the replacements are draws, too. A prompt comes twice in a batch only if
-no other of its route, rest apart, is left that does not.
+`filter_groups` took out, the replacements are draws, too. A prompt comes twice in a batch only once
+all others of its route that are not at rest are in it.
 
 Axes: P prompts; R = 2 routes.
 """
@@ -65,7 +65,7 @@ class Curriculum:
         self._observed = 0
         self._last: dict[str, float] = {}
         self._by_uncertainty: NDArray[np.intp] | None = None
-        self._lay_out([])
+        self._lay_out()
 
     # Layout
 
@@ -81,7 +81,7 @@ class Curriculum:
         rng = np.random.Generator(np.random.PCG64([self._config.seed % 2**63, self._pass]))
         return rng.permutation(len(self._u))
 
-    def _lay_out(self, batch: list[int]) -> None:
+    def _lay_out(self, batch: Sequence[int] = ()) -> None:
         """Queue what has not come in the pass, by route; the prompts of `batch` come last."""
         turn = np.arange(len(self._u)) % self._config.revisit == self._pass % self._config.revisit
         left = ~self._resting | turn

@@ -141,12 +141,15 @@ class Requests:
 
 
 def read_log(path: Path) -> dict[str, dict[str, int]]:
-    """pt_id -> what a log of ours says of it; empty if there is none."""
+    """pt_id -> what a log of ours says of it, `step` at least; empty if there is no log."""
     if not path.exists():
         return {}
     try:
         rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        return {row.pop("pt_id"): {name: int(n) for name, n in row.items()} for row in rows}
+        return {
+            row.pop("pt_id"): {"step": int(row["step"])} | {k: int(n) for k, n in row.items()}
+            for row in rows
+        }
     except OSError as error:
         raise PivotTraceError(f"{path} cannot be read: {os_reason(error)}.") from error
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -124,7 +124,14 @@ def test_requests_are_known_by_the_step_they_were_made_at(run: RunDir) -> None:
 
 def test_a_log_that_is_not_ours_is_refused_in_a_sentence(run: RunDir) -> None:
     (run.path / "train").mkdir(exist_ok=True)
-    for content in (b"{", b"[]", b'{"step": 1}', b'{"pt_id": "a", "step": "x"}', b"\xff"):
+    for content in (
+        b"{",
+        b"[]",
+        b'{"step": 1}',
+        b'{"pt_id": "a"}',
+        b'{"pt_id": "a", "step": "x"}',
+        b"\xff",
+    ):
         (run.path / "train" / "requests.jsonl").write_bytes(content)
         with pytest.raises(PivotTraceError, match=r"requests\.jsonl is not the log"):
             Requests(run)
