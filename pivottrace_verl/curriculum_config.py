@@ -25,8 +25,8 @@ class CurriculumConfig:
     """Share of annotate prompts in the order `mixed`, in [0, 1]; None: their share of the prompts.
     When a route runs out, the other fills the pass."""
     annotate_share_end: float | None = None
-    """Where that share goes, linearly over `share_steps` training steps, and then stays; what counts
-    is the step at which a prompt is drawn."""
+    """Where that share goes, linearly over `share_steps` training steps, and then stays; it is the
+    step at which a prompt is drawn that counts."""
     share_steps: int | None = None
     min_annotate_share: float = 0.0
     max_annotate_share: float = 1.0
