@@ -14,7 +14,9 @@ verdict the window begins anew.
 Like with like: re-triage takes prompts that agree little out of self_train, and some come back
 labelled and hard; both means would move though the policy did not. So only prompts count whose
 route, label and rest have not changed since the window's first step, in its earlier half as in its
-later one. A collapse shows on those that stay, however often the others move.
+later one. A collapse shows on those that stay, however often the others move. What is not told
+apart: in an order by uncertainty with a bounded share, a route that begins again goes from its last
+prompts to its first, and its mean with it; there, look at the gauges before you believe a verdict.
 
     guard = Guard(GuardConfig())
     verdict = guard.observe(step, groups, gauge, since)       # None, or a sentence
