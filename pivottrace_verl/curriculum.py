@@ -4,15 +4,17 @@ Contract: an endless iterator of data set indices; every prompt at least once a 
 once where the batches' shares are not bounded. Prompts at rest (those that re-triage took out) come
 once in `revisit` passes, so none is skipped for ever. What comes follows from the settings, the
 seed and the state alone, so a resumed run draws the same prompts as one that was not interrupted.
-The state is a few numbers until re-triage moves prompts, and then three arrays more.
+The state is a few numbers until re-triage moves prompts or a bounded share repeats some, and then
+a few numbers a prompt.
 
     curriculum = Curriculum(items, CurriculumConfig(batch_size=32, order="mixed"))
-    batch = [next(curriculum) for _ in range(32)]
+    curriculum.begin(step); batch = [next(curriculum) for _ in range(32)]
     curriculum.observe(records); state = curriculum.state_dict()
 
 A pass is laid out once, when it begins or when `update` changes it; a draw costs the same however
 large the pool. A batch is `batch_size` draws in a row: where verl replaces groups that
-`filter_groups` took out, the replacements are draws, too.
+`filter_groups` took out, the replacements are draws, too. A prompt comes twice in a batch only once
+all others of its route that are not at rest are in it.
 
 Axes: P prompts; R = 2 routes.
 """
@@ -26,6 +28,7 @@ from numpy.typing import NDArray
 
 from pivottrace_verl.curriculum_config import ORDERS, CurriculumConfig
 from pivottrace_verl.curriculum_items import ROUTES, Item, Items, Places, items_of
+from pivottrace_verl.curriculum_queue import Counts, Queue, least_drawn, not_in_batch_first
 from pivottrace_verl.errors import PivotTraceError
 
 __all__ = ["ORDERS", "ROUTES", "Curriculum", "CurriculumConfig", "Item", "Items"]
@@ -44,17 +47,20 @@ class Curriculum:
         self._route = self._items.route.copy()
         self._u = self._items.uncertainty.copy()
         self._resting = np.zeros(len(self._u), dtype=bool)
-        self._updates = 0
+        self._since: NDArray[np.int32] | None = None
+        """[P] step from which a prompt has its route and rest; None: none ever moved."""
+        self._step = 1
         self._pass = 0
-        self._done: NDArray[np.bool_] | None = None
-        """[P] drawn in this pass before the latest update; None: there was none in this pass."""
-        self._taken = [0, 0]
-        """[R] drawn since the layout."""
+        self._counts: Counts | None = None
+        """[P] how often a prompt came in this pass, the draws from the present queues apart; None:
+        never."""
         self._wanted = 0.0
         """Draws that annotate should have had since the layout, where its share is scheduled."""
         self._drawn = [0, 0]
+        self._batch: list[int] = []
+        """Places of the prompts in the batch that is being drawn."""
         self._in_batch = 0
-        """Annotate prompts in the batch that is being drawn."""
+        """Of these, drawn on route annotate."""
         self._repeated = 0
         self._observed = 0
         self._last: dict[str, float] = {}
@@ -75,20 +81,44 @@ class Curriculum:
         rng = np.random.Generator(np.random.PCG64([self._config.seed % 2**63, self._pass]))
         return rng.permutation(len(self._u))
 
-    def _lay_out(self) -> None:
-        """Queue what is left of the pass, by route."""
+    def _lay_out(self, batch: Sequence[int] = ()) -> None:
+        """Queue what has not come in the pass, by route; the prompts of `batch` come last."""
         turn = np.arange(len(self._u)) % self._config.revisit == self._pass % self._config.revisit
         left = ~self._resting | turn
-        if self._done is not None:
-            left &= ~self._done
+        if self._counts is not None:
+            left &= self._counts == 0
         order = self._order()
-        order = order[left[order]]
+        order = not_in_batch_first(order[left[order]], batch, len(self._u))
         route = self._route[order]
         # Where a prompt stands in the whole order, to merge the two queues again.
         self._rank = [np.flatnonzero(route == r) for r in range(len(ROUTES))]
-        self._queue = [order[rank] for rank in self._rank]
-        self._share = len(self._queue[ANNOTATE]) / max(1, len(order))
-        self._taken, self._wanted = [0, 0], 0.0
+        self._queues = [Queue(order[rank]) for rank in self._rank]
+        self._share = len(self._rank[ANNOTATE]) / max(1, len(order))
+        self._laid_out_in = list(batch)
+        self._wanted = 0.0
+        self._members: list[NDArray[np.intp] | None] = [None, None]
+
+    def _awake(self, route: int) -> NDArray[np.intp]:
+        """[N] the route's prompts that are not at rest, in the order of this pass."""
+        found = self._members[route]
+        if found is None:
+            order = self._order()
+            found = order[((self._route == route) & ~self._resting)[order]]
+            self._members[route] = found
+        return found
+
+    def _begin_again(self, route: int) -> None:
+        """Queue the prompts of a route whose queue is used up once more: those that came least."""
+        counts = self._counted()
+        self._queues[route].count(counts)
+        self._queues[route] = Queue(
+            least_drawn(self._awake(route), counts, self._batch), again=True
+        )
+
+    def _counted(self) -> Counts:
+        if self._counts is None:
+            self._counts = np.zeros(len(self._u), dtype=np.int32)
+        return self._counts
 
     def update(
         self,
@@ -97,92 +127,99 @@ class Curriculum:
         resting: NDArray[np.bool_],
         uncertainty: NDArray[np.float64],
     ) -> None:
-        """Move the prompts [P], in the order of their rows in the data set: their routes, whether
-        they rest, their uncertainty (finite). What is left of the pass is laid out anew; nothing
-        that was drawn in it comes again."""
-        self._route = np.where(annotate, ANNOTATE, SELF_TRAIN).astype(np.int8)
+        """Move the prompts [P] after a step, in the order of their rows in the data set: their
+        routes, whether they rest, their uncertainty (finite). What is left of the pass is laid out
+        anew; what was drawn in it comes again only where a bounded share asks for it."""
+        route = np.where(annotate, ANNOTATE, SELF_TRAIN).astype(np.int8)
+        moved = (route != self._route) | (resting != self._resting)
+        self._route = route
         self._resting = resting.copy()
         self._u = uncertainty.copy()
-        self._changed()
+        self._by_uncertainty = None
+        self._changed(np.flatnonzero(moved), self._step + 1)
 
     def labelled(self, pt_ids: Sequence[str]) -> None:
-        """The labels of these prompts are there: they are on route annotate and at rest no more."""
+        """The labels of these prompts are there, from the step that begins: they are on route
+        annotate and at rest no more."""
         places = self._places.of(pt_ids)
         self._route[places] = ANNOTATE
         self._resting[places] = False
-        self._changed()
+        self._changed(places, self._step)
 
-    def _changed(self) -> None:
-        done = np.zeros(len(self._u), dtype=bool) if self._done is None else self._done
-        for queue, taken in zip(self._queue, self._taken, strict=True):
-            done[queue[:taken]] = True
-        self._done = done
-        self._updates += 1
-        self._by_uncertainty = None
-        self._lay_out()
+    def _changed(self, places: NDArray[np.intp], step: int) -> None:
+        if self._since is None:
+            self._since = np.zeros(len(self._u), dtype=np.int32)
+        self._since[places] = step
+        for queue in self._queues:
+            queue.count(self._counted())
+        self._lay_out(self._batch)
 
     # Drawing
+
+    def begin(self, step: int) -> None:
+        """The training step, counted from 1, that the next draws are for."""
+        self._step = step
 
     def __iter__(self) -> Iterator[int]:
         return self
 
     def __next__(self) -> int:
-        while all(self._exhausted(r) for r in range(len(ROUTES))):
+        while not any(queue.is_first for queue in self._queues):
             self._pass += 1
-            self._done = None
-            self._lay_out()
+            self._counts = None
+            self._lay_out(self._batch)
         route = self._next_route()
-        queue, taken = self._queue[route], self._taken[route]
-        self._repeated += taken >= len(queue)
-        place = queue[taken % len(queue)]
-        self._wanted += self._scheduled_share()
-        self._taken[route] += 1
+        if not self._queues[route].left:
+            self._begin_again(route)
+        queue = self._queues[route]
+        place = queue.draw()
+        self._repeated += queue.again
+        if self._config.share_steps:
+            self._wanted += self._scheduled_share()
         self._drawn[route] += 1
+        self._batch.append(place)
         self._in_batch += route == ANNOTATE
-        if self._place_in_batch() == 0:
-            self._in_batch = 0
+        if len(self._batch) == self._config.batch_size:
+            self._batch, self._in_batch = [], 0
         return int(self._items.index[place])
 
-    def _exhausted(self, route: int) -> bool:
-        return self._taken[route] >= len(self._queue[route])
-
-    def _place_in_batch(self) -> int:
-        return sum(self._drawn) % self._config.batch_size
-
     def _next_route(self) -> int:
-        empty = [len(queue) == 0 for queue in self._queue]
-        if any(empty):
-            return empty.index(False)
+        """The route asked for, or the other if all its prompts are at rest."""
+        route = self._wanted_route()
+        there = self._queues[route].left or len(self._awake(route)) > 0
+        return route if there else 1 - route
+
+    def _wanted_route(self) -> int:
         fewest, most = self._config.annotate_bounds()
-        slots = self._config.batch_size - self._place_in_batch()
+        slots = self._config.batch_size - len(self._batch)
         if fewest - self._in_batch >= slots:
             return ANNOTATE
         if self._in_batch >= most:
             return SELF_TRAIN
-        for route in range(len(ROUTES)):
-            if self._exhausted(route):
+        for route, queue in enumerate(self._queues):
+            if not queue.is_first:
                 return 1 - route
         if self._config.order == "mixed":
             return self._behind()
-        heads = [rank[taken] for rank, taken in zip(self._rank, self._taken, strict=True)]
+        heads = [rank[queue.taken] for rank, queue in zip(self._rank, self._queues, strict=True)]
         return ANNOTATE if heads[ANNOTATE] < heads[SELF_TRAIN] else SELF_TRAIN
 
     def _behind(self) -> int:
         """The route further behind its share, so that each stays within one prompt of it."""
-        n = sum(self._taken) + 1
+        taken = [queue.taken for queue in self._queues]
+        n = sum(taken) + 1
         if self._config.share_steps:
             wanted = self._wanted + self._scheduled_share()
             targets = (wanted, n - wanted)
         else:
             share = self._scheduled_share()
             targets = (share * n, (1.0 - share) * n)
-        behind = [target - taken for target, taken in zip(targets, self._taken, strict=True)]
+        behind = [target - drawn for target, drawn in zip(targets, taken, strict=True)]
         return ANNOTATE if behind[ANNOTATE] >= behind[SELF_TRAIN] else SELF_TRAIN
 
     def _scheduled_share(self) -> float:
-        """The share of annotate prompts at this draw."""
-        step = sum(self._drawn) // self._config.batch_size
-        share = self._config.share_at(step)
+        """The share of annotate prompts at this step."""
+        share = self._config.share_at(self._step)
         return self._share if share is None else share
 
     # What the trainer tells and asks
@@ -220,6 +257,13 @@ class Curriculum:
         rows: list[int] = self._items.index[self._places.of(pt_ids)].tolist()
         return rows
 
+    def since(self, pt_ids: Sequence[str]) -> NDArray[np.int32]:
+        """[N] ids -> [N] the first step that each has its present route, label and rest at; 0: it
+        has them from the start."""
+        if self._since is None:
+            return np.zeros(len(pt_ids), dtype=np.int32)
+        return np.asarray(self._since[self._places.of(pt_ids)])
+
     def reach(self) -> float:
         """The largest uncertainty of a self_train prompt that is not at rest; infinity if there is
         none, or no annotate prompt that is at most as uncertain."""
@@ -248,26 +292,31 @@ class Curriculum:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON-able, with a few bits and numbers a prompt only once `update` was called; names the
-        items and settings it belongs to by their fingerprint."""
+        """JSON-able until `update` was called or a route began again in this pass, and then with a
+        few numbers a prompt; names the items and settings it belongs to by their fingerprint."""
         moved = None
-        if self._updates:
+        if self._since is not None:
             moved = {
                 "route": self._route.copy(),
                 "resting": np.packbits(self._resting),
                 "uncertainty": self._u.copy(),
-                "done": None if self._done is None else np.packbits(self._done),
+                "since": self._since.copy(),
             }
+        counts = self._counts
         return {
-            "format": 2,
+            "format": 3,
             "fingerprint": self._fingerprint,
+            "step": self._step,
             "pass": self._pass,
-            "taken": list(self._taken),
+            "laid_out_in": list(self._laid_out_in),
+            "counts": None if counts is None else counts.astype(np.min_scalar_type(counts.max())),
+            "taken": [queue.taken for queue in self._queues],
+            "again": [queue.prompts.copy() if queue.again else None for queue in self._queues],
             "wanted": self._wanted,
             "drawn": list(self._drawn),
+            "batch": list(self._batch),
             "in_batch": int(self._in_batch),
             "repeated": int(self._repeated),
-            "updates": self._updates,
             "moved": moved,
             "observed": self._observed,
             "last": dict(self._last),
@@ -276,10 +325,10 @@ class Curriculum:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the state was taken. Raises PivotTraceError, naming both fingerprints, if
         it belongs to other prompts, routes or settings; the curriculum is then unchanged."""
-        if state.get("format") != 2:
+        if state.get("format") != 3:
             raise PivotTraceError(
                 f"The curriculum's state has format {state.get('format')}, but this version reads "
-                "format 2."
+                "format 3."
             )
         if state["fingerprint"] != self._fingerprint:
             raise PivotTraceError(
@@ -291,22 +340,26 @@ class Curriculum:
                 f"The saved curriculum has drawn {state['taken']} prompts in pass {state['pass']}, "
                 "which no curriculum has."
             )
-        self._pass = int(state["pass"])
-        self._updates = int(state["updates"])
+        self._step, self._pass = int(state["step"]), int(state["pass"])
         moved, count = state["moved"], len(self._u)
         self._route, self._u = self._items.route.copy(), self._items.uncertainty.copy()
-        self._resting, self._done = np.zeros(count, dtype=bool), None
+        self._resting, self._since = np.zeros(count, dtype=bool), None
         if moved is not None:
             self._route = np.array(moved["route"], dtype=np.int8)
             self._u = np.array(moved["uncertainty"], dtype=np.float64)
             self._resting = np.unpackbits(moved["resting"], count=count).astype(bool)
-            if moved["done"] is not None:
-                self._done = np.unpackbits(moved["done"], count=count).astype(bool)
+            self._since = np.array(moved["since"], dtype=np.int32)
+        counts = state["counts"]
+        self._counts = None if counts is None else np.array(counts, dtype=np.int32)
         self._by_uncertainty = None
-        self._lay_out()
-        self._taken = [int(n) for n in state["taken"]]
+        self._lay_out([int(place) for place in state["laid_out_in"]])
+        for route, (again, taken) in enumerate(zip(state["again"], state["taken"], strict=True)):
+            if again is not None:
+                self._queues[route] = Queue(np.array(again, dtype=np.intp), again=True)
+            self._queues[route].taken = int(taken)
         self._wanted = float(state["wanted"])
         self._drawn = [int(n) for n in state["drawn"]]
+        self._batch = [int(place) for place in state["batch"]]
         self._in_batch, self._repeated = int(state["in_batch"]), int(state["repeated"])
         self._observed = int(state["observed"])
         self._last = {name: float(value) for name, value in state["last"].items()}

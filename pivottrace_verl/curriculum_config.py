@@ -25,12 +25,16 @@ class CurriculumConfig:
     """Share of annotate prompts in the order `mixed`, in [0, 1]; None: their share of the prompts.
     When a route runs out, the other fills the pass."""
     annotate_share_end: float | None = None
-    """Where that share goes, linearly over `share_steps` steps, and then stays."""
+    """Where that share goes, linearly over `share_steps` training steps, and then stays; it is the
+    step at which a prompt is drawn that counts."""
     share_steps: int | None = None
     min_annotate_share: float = 0.0
     max_annotate_share: float = 1.0
     """Bounds on the share of annotate prompts in every batch, whatever the order, and so on that of
-    self_train prompts. A route that runs out before the other begins again within the pass."""
+    self_train prompts. A route that runs out before the other begins again within the pass, with
+    the prompts that came least. A batch is `batch_size` draws in a row, which where groups are
+    filtered or replaced is not what a step trains on: the bounds hold for what is drawn. They give
+    way only where no prompt of a route is awake."""
     revisit: int = 4
     """Passes in which a prompt at rest comes once."""
 
@@ -100,8 +104,8 @@ class CurriculumConfig:
         )
 
     def share_at(self, step: int) -> float | None:
-        """The share asked for at a step, counted from 0; None: the prompts' own."""
+        """The share asked for at a training step, counted from 1; None: the prompts' own."""
         if not self.share_steps or self.annotate_share is None or self.annotate_share_end is None:
             return self.annotate_share
-        way = min(1.0, step / self.share_steps)
+        way = min(1.0, (step - 1) / self.share_steps)
         return self.annotate_share + way * (self.annotate_share_end - self.annotate_share)

@@ -4,7 +4,8 @@ Contract: pure. Every step's groups update the run's estimator for the prompts s
 outcomes; every `every` steps the code that made the plan (`triage`) makes it again from these, with
 the probes that are in training as its gauge. A prompt that is newly uncertain is asked for, once,
 as long as the budget lasts: prompts asked for count against it from then on, whether or not their
-label ever comes. A ranking that the probes do not confirm any more changes nothing, and is told.
+label ever comes. A plan that cannot be made, as when the probes do not confirm the ranking any
+more, changes nothing, and is told.
 What it decides depends on values, on which prompts have a label, and on outcomes of labelled
 prompts; a label itself is never seen here.
 
@@ -36,9 +37,8 @@ from pivottrace_verl.calibration import PREFIX, Outcome
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.observed import MEASURED, Observed
 from pivottrace_verl.plan import TriageConfig
-from pivottrace_verl.ranking import Uninformative
 from pivottrace_verl.score_columns import numbers
-from pivottrace_verl.triage import triage
+from pivottrace_verl.triage import FEWEST_PROBES, judged, too_few, triage
 
 
 @dataclass(frozen=True)
@@ -105,8 +105,8 @@ class Retriage:
         and the estimator of `triage_config`, whose direction is decided. Labels of other prompts
         count against the budget, but not against their source's quota.
 
-        Raises PivotTraceError if training does not measure the estimator, or nothing caps the
-        labels that may be asked for.
+        Raises PivotTraceError if training does not measure the estimator, the probes are too few,
+        or nothing caps the labels that may be asked for.
         """
         if triage_config.estimator not in MEASURED:
             raise PivotTraceError(
@@ -120,11 +120,17 @@ class Retriage:
                 "Re-triage asks for labels, but neither the plan nor pivottrace.retriage.budget "
                 "says how many there may be."
             )
+        sound = judged(pool, probes, triage_config)
+        if len(sound) < FEWEST_PROBES:
+            raise too_few(len(sound), len(probes) - len(sound))
         self._config = config
+        sources = set(pc.unique(pool["data_source"]).to_pylist())
         self._triage = dataclasses.replace(
             triage_config,
             budget=budget,
             budget_cost=triage_config.budget_cost if config.budget is None else None,
+            # A source whose prompts all were dropped is not in training.
+            quotas={name: n for name, n in triage_config.quotas.items() if name in sources},
             # Floors were bought before training; the intervals are not looked at here.
             floors={},
             draws=1,
@@ -164,34 +170,55 @@ class Retriage:
         """Whether a re-triage follows this step."""
         return self._config.enable and step % self._config.every == 0
 
-    def move(self, labelled: Sequence[str], spent: float) -> Moves:
+    def asked_for(self, pt_ids: Iterable[str]) -> None:
+        """Take in prompts whose label was asked for by now, known or not: a run that goes on from a
+        checkpoint learns so what it asked for after that."""
+        known = set(self._asked)
+        self._asked += [i for i in pt_ids if i in self._place and i not in known]
+
+    def move(
+        self,
+        labelled: Sequence[str],
+        spent: float,
+        *,
+        unused: Sequence[str] = (),
+        reserved: Iterable[str] = (),
+    ) -> Moves:
         """The routes as the values stand now.
 
-        `labelled` are the prompts, each once, whose label was bought and is used by now, `spent`
-        what all labels have cost.
+        `labelled` are the prompts, each once, whose label was bought and is used by now, `unused`
+        those whose label is used from the next step on, `spent` what all these labels have cost.
+        `reserved` were asked for at a later step of a run that was killed since: they take their
+        share of the budget and are else as any other.
         """
-        have = np.asarray(pc.is_in(self._pool["pt_id"], value_set=pa.array(labelled, pa.string())))
-        promised = [pt_id for pt_id in self._asked if not have[self._place[pt_id]]]
-        elsewhere = len(labelled) - int(have.sum())
-        budget = self._triage.budget
-        config = dataclasses.replace(
-            self._triage, budget=None if budget is None else max(0, budget - elsewhere)
-        )
         table = self._pool.set_column(
             self._pool.schema.get_field_index(self._column), self._column, pa.array(self._values)
         )
-        priced = self._cost[[self._place[pt_id] for pt_id in promised]].sum()
+        have = np.asarray(pc.is_in(self._pool["pt_id"], value_set=pa.array(labelled, pa.string())))
+        elsewhere = len(labelled) - int(have.sum())
+        coming = set(unused)
+        promised = [i for i in self._asked if i not in coming and not have[self._place[i]]]
+        kept = coming | set(self._asked)
+        kept_back = [
+            i for i in reserved if i in self._place and i not in kept and not have[self._place[i]]
+        ]
+        budget = self._triage.budget
+        config = dataclasses.replace(
+            self._triage,
+            budget=None if budget is None else max(0, budget - elsewhere - len(kept_back)),
+        )
+        priced = self._cost[[self._place[i] for i in (*promised, *kept_back)]].sum()
         try:
             plan = triage(
                 table,
                 list(self._probes.values()),
-                [*labelled, *promised],
+                [*labelled, *unused, *promised],
                 config,
                 sources=table["data_source"] if config.quotas else None,
                 costs=self._cost,
                 spent=spent + float(priced),
             )
-        except Uninformative as refusal:
+        except PivotTraceError as refusal:
             empty = np.empty(0)
             self._last = {"refused": 1.0}
             return Moves(empty > 0, empty > 0, empty, refused=str(refusal))
@@ -219,8 +246,8 @@ class Retriage:
         return moves
 
     def metrics(self) -> dict[str, float]:
-        """Flat floats under `retriage/`: the latest decision. refused: the probes did not confirm
-        the ranking; asked: labels asked for so far; waiting: of those, not there yet."""
+        """Flat floats under `retriage/`: the latest decision. refused: no plan could be made;
+        asked: labels asked for so far; waiting: of those, not there yet."""
         return {f"retriage/{name}": value for name, value in self._last.items()}
 
     def state_dict(self) -> dict[str, Any]:

@@ -1,21 +1,22 @@
-"""Re-triage and the run directory: where it starts from, requests out, labels in.
+"""Re-triage and the run directory: where it starts from, and the requests that go out.
 
 Contract: of the run it reads the plan, the scores' numbers, the probes' answers and the ledger; a
 label that is not in the ledger is nowhere. It writes RUN/train/requests/step-*.csv, queue files as
-`annotate export` makes them, never over a file that is there, and RUN/train/arrivals.jsonl, which
-says at which step each label came into use: a resumed run uses it from that step on, too, though it
-may be there earlier.
+`annotate export` makes them, never over a file that is there, and RUN/train/requests.jsonl, a log
+of which prompts they ask for. Once written, a queue file is the annotator's and never read here,
+whatever it holds: only `annotate import` reads it.
 
-    feed = LabelFeed(run, waiting)
-    feed.arrived(step)                 # {pt_id: label} new at this step
+    requests = Requests(run)
+    requests.write(step, prompts, uncertainty)
 
 Axes: P prompts of training.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pivottrace_verl.annotation.formats import read_annotations, write_queue
+from pivottrace_verl.annotation.formats import write_queue
 from pivottrace_verl.annotation.queue import COLUMNS
 from pivottrace_verl.calibration import PREFIX, outcomes
 from pivottrace_verl.errors import PivotTraceError
-from pivottrace_verl.files import write_bytes_atomic
+from pivottrace_verl.files import os_reason, write_bytes_atomic
 from pivottrace_verl.plan import TriageConfig
 from pivottrace_verl.pool import RunDir
 from pivottrace_verl.prompts import render
@@ -42,10 +43,7 @@ def start_retriage(run: RunDir, pt_ids: Sequence[str], config: RetriageConfig) -
     Raises PivotTraceError if one of them is not in the run's plan, or re-triage cannot work with
     the plan's settings.
     """
-    info = run.triage()
-    settings = TriageConfig(
-        **{**info["config"], "estimator": info["estimator"], "direction": info["direction"]}
-    )
+    settings = _settings(run)
     plan = run.plan()
     column = PREFIX + settings.estimator
     labels = run.ledger().labels()
@@ -71,129 +69,97 @@ def start_retriage(run: RunDir, pt_ids: Sequence[str], config: RetriageConfig) -
     return Retriage(table.take(rows).combine_chunks(), len(pt_ids), found, settings, config)
 
 
-class LabelFeed:
-    """Labels that arrive in the ledger while training runs."""
-
-    def __init__(self, run: RunDir, waiting: Collection[str]) -> None:
-        """`waiting` are the prompts of training that have no label in its files."""
-        self._ledger = run.ledger()
-        self._log = run.path / "train" / "arrivals.jsonl"
-        self._waiting = set(waiting)
-        self._state: tuple[int, int] | None = None
-        self._arrivals = _read_log(self._log)
-        self._used: dict[str, str] = {}
-        self.spent = 0.0
-        """Cost of all labels in the ledger."""
-        self.bought: list[str] = []
-        """All prompts with a label, those apart that training does not use yet."""
-
-    def arrived(self, step: int) -> dict[str, str]:
-        """pt_id -> label of those that come into use at this step; they are logged first."""
-        now = _stat(self._ledger.path)
-        held = any(pt_id not in self._used for pt_id in self._arrivals)
-        if now == self._state and not held:
-            return {}
-        self._state = now
-        labels = self._ledger.labels()
-        new = {
-            pt_id: label
-            for pt_id, label in labels.items()
-            if pt_id in self._waiting
-            and pt_id not in self._used
-            and self._arrivals.get(pt_id, step) <= step
-        }
-        unlogged = [pt_id for pt_id in new if pt_id not in self._arrivals]
-        if unlogged:
-            self._arrivals |= dict.fromkeys(unlogged, step)
-            write_bytes_atomic(self._log, _log_lines(self._arrivals))
-        self._use(labels, new)
-        return new
-
-    def _use(self, labels: Mapping[str, str], new: Mapping[str, str]) -> None:
-        self._used |= new
-        self.spent = self._ledger.spent()
-        unused = self._waiting - set(self._used)
-        self.bought = [pt_id for pt_id in labels if pt_id not in unused]
-
-    def label(self, pt_id: str) -> str | None:
-        """The label of a prompt that had none in the training files; None while it is not used."""
-        return self._used.get(pt_id)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The prompts whose label came into use; the labels stay in the ledger."""
-        return {"used": list(self._used)}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """PivotTraceError if a label that was used is no longer in the ledger."""
-        labels = self._ledger.labels()
-        lost = [pt_id for pt_id in state["used"] if pt_id not in labels]
-        if lost:
-            raise PivotTraceError(
-                f"The saved training used {len(lost)} labels that {self._ledger.path} does not "
-                f"hold (first: that of prompt {lost[0]})."
-            )
-        self._used = {}
-        self._use(labels, {pt_id: labels[pt_id] for pt_id in state["used"]})
+def _settings(run: RunDir) -> TriageConfig:
+    """Those the plan was made with; PivotTraceError if it does not say them."""
+    info = run.triage()
+    config, known = info.get("config"), {field.name for field in dataclasses.fields(TriageConfig)}
+    if not isinstance(config, dict) or not {"estimator", "direction"} <= set(info):
+        raise PivotTraceError(
+            f"Re-triage makes the plan again with its own settings, but {run.path}/triage.json "
+            "holds no config, estimator and direction, as a plan made by hand: triage with "
+            "`pivottrace triage`, or set pivottrace.retriage.enable=false."
+        )
+    strange = sorted(set(config) - known)
+    if strange:
+        raise PivotTraceError(
+            f"The plan of {run.path} was made with {', '.join(strange)}, which this version does "
+            "not know: triage again, or set pivottrace.retriage.enable=false."
+        )
+    chosen = {"estimator": info["estimator"], "direction": info["direction"]}
+    return TriageConfig(**{**config, **chosen})
 
 
-def _stat(path: Path) -> tuple[int, int] | None:
-    try:
-        found = path.stat()
-    except FileNotFoundError:
-        return None
-    return found.st_size, found.st_mtime_ns
+class Requests:
+    """The prompts that labels were asked for, in files for annotators.
+
+    The file is written before the log: a run that is killed between the two asks again, in a second
+    file, and never not at all.
+    """
+
+    def __init__(self, run: RunDir) -> None:
+        self._folder = run.path / "train" / "requests"
+        self._log = run.path / "train" / "requests.jsonl"
+        self._asked = {pt_id: row["step"] for pt_id, row in read_log(self._log).items()}
+
+    def until(self, step: int) -> list[str]:
+        """Prompts that were asked for at this step or before, by any run."""
+        return [pt_id for pt_id, asked in self._asked.items() if asked <= step]
+
+    def after(self, step: int) -> list[str]:
+        """Prompts that were asked for at a later step, by a run that was killed since."""
+        return [pt_id for pt_id, asked in self._asked.items() if asked > step]
+
+    def write(
+        self, step: int, prompts: Iterable[Mapping[str, Any]], uncertainty: Mapping[str, float]
+    ) -> tuple[Path, int] | None:
+        """Write the prompts (`pt_id`, `prompt` messages, `data_source`) as a queue file, in their
+        order, those apart that were asked for before. The file and how many it asks for; None if
+        all were, as after a resume."""
+        rows = [
+            {
+                "pt_id": prompt["pt_id"],
+                "prompt": render(prompt["prompt"]),
+                "data_source": prompt["data_source"],
+                "uncertainty": uncertainty[prompt["pt_id"]],
+                "majority": None,
+                "label": "",
+            }
+            for prompt in prompts
+            if prompt["pt_id"] not in self._asked
+        ]
+        if not rows:
+            return None
+        path = self._folder / f"step-{step:06d}.csv"
+        again = 1
+        while path.exists():
+            path = self._folder / f"step-{step:06d}-{again}.csv"
+            again += 1
+        write_queue(path, rows, list(COLUMNS), "csv")
+        self._asked |= {row["pt_id"]: step for row in rows}
+        write_log(self._log, {pt_id: {"step": asked} for pt_id, asked in self._asked.items()})
+        return path, len(rows)
 
 
-def _read_log(path: Path) -> dict[str, int]:
+def read_log(path: Path) -> dict[str, dict[str, int]]:
+    """pt_id -> what a log of ours says of it, `step` at least; empty if there is no log."""
     if not path.exists():
         return {}
-    entries = [json.loads(line) for line in path.read_text().splitlines()]
-    return {entry["pt_id"]: int(entry["step"]) for entry in entries}
-
-
-def _log_lines(arrivals: Mapping[str, int]) -> bytes:
-    rows = ({"step": step, "pt_id": pt_id} for pt_id, step in arrivals.items())
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def write_request(
-    folder: Path, step: int, prompts: Iterable[Mapping[str, Any]], uncertainty: Mapping[str, float]
-) -> Path | None:
-    """Write the prompts (`pt_id`, `prompt` messages, `data_source`) as a queue file, in their
-    order; None if files of the folder ask for all of them already, as after a resume."""
-    asked = {
-        row.pt_id for path in folder.glob("step-*.csv") for row in read_annotations(path, "csv")
-    }
-    rows = [
-        {
-            "pt_id": prompt["pt_id"],
-            "prompt": render(prompt["prompt"]),
-            "data_source": prompt["data_source"],
-            "uncertainty": uncertainty[prompt["pt_id"]],
-            "majority": None,
-            "label": "",
+    try:
+        rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+        return {
+            row.pop("pt_id"): {"step": int(row["step"])} | {k: int(n) for k, n in row.items()}
+            for row in rows
         }
-        for prompt in prompts
-        if prompt["pt_id"] not in asked
-    ]
-    if not rows:
-        return None
-    path = folder / f"step-{step:06d}.csv"
-    again = 1
-    while path.exists():
-        path = folder / f"step-{step:06d}-{again}.csv"
-        again += 1
-    write_queue(path, rows, list(COLUMNS), "csv")
-    return path
+    except OSError as error:
+        raise PivotTraceError(f"{path} cannot be read: {os_reason(error)}.") from error
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise PivotTraceError(
+            f"{path} is not the log that training wrote: its lines must be JSON objects of pt_id "
+            "and numbers of steps."
+        ) from error
 
 
-def budget_left(run: RunDir, config: RetriageConfig, n_bought: int, spent: float) -> float | None:
-    """Labels, or cost, that the budget leaves; None if there is no budget, or no plan."""
-    if not (run.path / "triage.json").exists():
-        return None
-    settings = run.triage().get("config", {})  # a plan made by hand has none
-    budget = settings.get("budget") if config.budget is None else config.budget
-    if budget is not None:
-        return float(budget - n_bought)
-    cost = settings.get("budget_cost")
-    return None if cost is None else float(cost - spent)
+def write_log(path: Path, entries: Mapping[str, Mapping[str, int]]) -> None:
+    """Replace a log, whole."""
+    rows = ({**row, "pt_id": pt_id} for pt_id, row in entries.items())
+    write_bytes_atomic(path, "".join(json.dumps(row) + "\n" for row in rows).encode())

@@ -14,9 +14,11 @@ P, N = 40, 16
 WHO = {"annotator": "ana", "source_file": "f"}
 
 
-def make_run(path: Path, hidden: str = "41", prompt: str = "=What is {i} and one?") -> RunDir:
-    """A triaged pool whose first 16 prompts are probes; `hidden` stands in the incoming file where
-    nobody may look."""
+def make_run(
+    path: Path, hidden: str = "41", prompt: str = "=What is {i} and one?", n: int = P
+) -> RunDir:
+    """A triaged pool of `n` whose first 16 prompts are probes; `hidden` stands in the incoming file
+    where nobody may look."""
     model = path / "model"
     model.mkdir(parents=True)
     (model / "config.json").write_text("{}")
@@ -27,12 +29,12 @@ def make_run(path: Path, hidden: str = "41", prompt: str = "=What is {i} and one
             "data_source": "sums",
             "reward_model": {"ground_truth": hidden},
         }
-        for i in range(P)
+        for i in range(n)
     ]
     (path / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = RunDir.create(path / "run", path / "pool.jsonl", model, answers_kind="exact")
     ids = [prompt.pt_id for prompt in run.pool()]
-    run.write_score_part(0, [score(i, ids[i]) for i in range(P)])
+    run.write_score_part(0, [score(i, ids[i], n=n) for i in range(n)])
     run.merge_scores()
     probe(run, dict.fromkeys(ids, "1"), "exact", N + 2)
     return run

@@ -34,7 +34,8 @@ from pivottrace_verl.mixing import Mixing, MixingConfig
 from pivottrace_verl.observed import Observed, observed
 from pivottrace_verl.pool import RunDir
 from pivottrace_verl.retriage import Retriage, RetriageConfig
-from pivottrace_verl.retriage_files import LabelFeed, budget_left, start_retriage, write_request
+from pivottrace_verl.retriage_files import Requests, start_retriage
+from pivottrace_verl.retriage_labels import BudgetLeft, LabelFeed
 from pivottrace_verl.training.groups import VotePolicy
 from pivottrace_verl.training.metrics import step_metrics
 
@@ -124,11 +125,16 @@ class Steering:
         self._run = None if config.run is None else RunDir.open(config.run)
         self._retriage: Retriage | None = None
         self._feed: LabelFeed | None = None
-        if config.retriage.enable and self._run is not None:
-            ids: list[str] = items.pt_id.tolist()
-            self._retriage = start_retriage(self._run, ids, config.retriage)
-            self._feed = LabelFeed(self._run, set(ids) - self._labelled)
-        self._left = self._budget_left()
+        self._requests: Requests | None = None
+        self._budget: BudgetLeft | None = None
+        if self._run is not None:
+            ledger = self._run.ledger()
+            self._budget = BudgetLeft(self._run, ledger, config.retriage)
+            if config.retriage.enable:
+                ids: list[str] = items.pt_id.tolist()
+                self._retriage = start_retriage(self._run, ids, config.retriage)
+                self._feed = LabelFeed(self._run, ledger, set(ids) - self._labelled)
+                self._requests = Requests(self._run)
         self._reach = self.curriculum.reach()
         self.seconds = 0.0
         """Spent here since the latest `end`."""
@@ -136,21 +142,17 @@ class Steering:
     def _gauge(self, group: Observed) -> bool:
         return bool(self.curriculum.uncertainty_of([group.pt_id])[0] <= self._reach)
 
-    def _budget_left(self) -> float | None:
-        if self._run is None:
-            return None
-        ledger = self._run.ledger()
-        n = len(ledger.labels())
-        return budget_left(self._run, self._config.retriage, n, ledger.spent())
+    def _since(self, pt_ids: Sequence[str]) -> list[int]:
+        return [int(step) for step in self.curriculum.since(pt_ids)]
 
     def begin(self, step: int) -> list[str]:
         """Take in the labels that arrived."""
         start = time.perf_counter()
+        self.curriculum.begin(step)
         new = {} if self._feed is None else self._feed.arrived(step)
         if new:
             self.curriculum.labelled(list(new))
             self._labelled |= set(new)
-            self._left = self._budget_left()
             self._reach = self.curriculum.reach()
         self.seconds += time.perf_counter() - start
         if not new:
@@ -204,7 +206,7 @@ class Steering:
         known = [g for g in groups if g.labeled and g.votes and self._gauge(g)]
         self._mixing.observe(sum(bool(g.majority_right) for g in known), len(known))
         told = []
-        verdict = self._guard.observe(groups, self._gauge)
+        verdict = self._guard.observe(step, groups, self._gauge, self._since)
         if verdict is not None:
             told.append(verdict)
         if self._retriage is not None:
@@ -215,11 +217,12 @@ class Steering:
         if self._retriage is not None:
             ours |= self._retriage.metrics()
         metrics |= {f"pivottrace/{name}": value for name, value in ours.items()}
-        if self._left is not None:
-            metrics["pivottrace/budget/left"] = self._left
+        left = None if self._budget is None else self._budget.now()
+        if left is not None:
+            metrics["pivottrace/budget/left"] = left
         for route in ROUTES:
-            left = {key for key, record in set_aside if record["route"] == route}
-            metrics[f"pivottrace/set_aside/{route}"] = float(len(left))
+            aside = {key for key, record in set_aside if record["route"] == route}
+            metrics[f"pivottrace/set_aside/{route}"] = float(len(aside))
         metrics["pivottrace/seconds/vote"] = float(sum(r["vote_s"] for _, r in records))
         metrics["pivottrace/seconds/trainer"] = self.seconds + time.perf_counter() - start
         self.seconds = 0.0
@@ -227,11 +230,17 @@ class Steering:
 
     def _move(self, step: int, retriage: Retriage) -> list[str]:
         """Re-triage, and ask for the labels it wants."""
-        feed, run = self._feed, self._run
-        if feed is None or run is None:
+        feed, run, requests = self._feed, self._run, self._requests
+        if feed is None or run is None or requests is None:
             return []
-        labelled = list(dict.fromkeys([*feed.bought, *self._labelled]))
-        moves = retriage.move(labelled, feed.spent)
+        bought = feed.bought(step)
+        retriage.asked_for(requests.until(step))
+        moves = retriage.move(
+            list(dict.fromkeys([*bought.used, *self._labelled])),
+            bought.spent,
+            unused=bought.unused,
+            reserved=requests.after(step),
+        )
         if moves.refused is not None:
             return [f"Re-triage after step {step} changes no route: {moves.refused}"]
         self.curriculum.update(
@@ -243,10 +252,11 @@ class Steering:
         if moves.asked:
             prompts = self._prompts(self.curriculum.rows_of(moves.asked))
             u = dict(zip(moves.asked, self.curriculum.uncertainty_of(moves.asked), strict=True))
-            path = write_request(run.path / "train" / "requests", step, prompts, u)
-            if path is not None:
+            written = requests.write(step, prompts, u)
+            if written is not None:
+                path, n = written
                 told.append(
-                    f"{len(moves.asked)} prompts need a label: fill {path}, then `pivottrace "
+                    f"{n} prompts need a label: fill {path}, then `pivottrace "
                     f"annotate import {run.path} {path}`; training goes on meanwhile."
                 )
         return told

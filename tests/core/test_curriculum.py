@@ -1,7 +1,6 @@
 """The curriculum's promises, for any mix of routes."""
 
 import copy
-import json
 import math
 from collections import Counter
 from itertools import islice
@@ -85,7 +84,7 @@ def test_a_resumed_curriculum_goes_on_as_an_uninterrupted_one(spec, before, afte
     killed = made(spec)
     take(killed, before)
     killed.observe([{"pt_id": "id000", "route": "annotate", "reward": 1.0, "agreement": None}])
-    state = json.loads(json.dumps(killed.state_dict()))
+    state = copy.deepcopy(killed.state_dict())
     resumed = made(spec)
     resumed.load_state_dict(state)
     assert resumed.metrics() == killed.metrics()
@@ -255,9 +254,28 @@ def test_a_route_that_a_bound_makes_come_again_is_counted():
 
 def test_a_scheduled_share_moves_from_its_start_to_its_end():
     spec = {"annotate_share": 0.0, "annotate_share_end": 1.0, "share_steps": 10}
-    drawn = take(make(make_items(200, 200), 10, **spec), 200)
-    counts = [sum(i < 200 for i in drawn[k : k + 10]) for k in range(0, 200, 10)]
+    curriculum = make(make_items(200, 200), 10, **spec)
+    counts = []
+    for step in range(1, 21):
+        curriculum.begin(step)
+        counts.append(sum(i < 200 for i in take(curriculum, 10)))
     assert counts[0] == 0 and counts == sorted(counts) and counts[10:] == [10] * 10
+
+
+def test_a_schedule_goes_by_training_steps_however_many_prompts_a_step_draws():
+    spec = {"annotate_share": 0.0, "annotate_share_end": 1.0, "share_steps": 10}
+    shares = []
+    for batches in (1, 3):
+        curriculum = make(make_items(900, 900), 10, **spec)
+        shares.append([])
+        for step in range(1, 21):
+            curriculum.begin(step)
+            n = 10 * batches
+            shares[-1].append(sum(i < 900 for i in take(curriculum, n)) / n)
+    assert np.abs(np.subtract(*shares)).max() <= 0.1
+    resumed = make(make_items(900, 900), 10, **spec)
+    resumed.load_state_dict(copy.deepcopy(curriculum.state_dict()))
+    assert take(resumed, 10) == take(curriculum, 10)
 
 
 def move(curriculum, n, chosen, route="self_train", resting=False, uncertainty=0.5):
@@ -320,3 +338,110 @@ def test_the_reach_is_that_of_the_self_train_prompts_if_an_annotate_prompt_is_wi
     assert make(items).reach() == 0.5
     assert make([Item(0, "a", "annotate", 0.6), items[1]]).reach() == math.inf
     assert make(items[:1]).reach() == math.inf
+
+
+def draw_batch(curriculum, n, size):
+    """A batch, in which a prompt comes twice only if all awake ones of its route are in it."""
+    moved, batch = curriculum.state_dict()["moved"], []
+    resting = np.zeros(n) if moved is None else np.unpackbits(moved["resting"], count=n)
+    routes = [curriculum.route_of(f"id{i:03d}") for i in range(n)]
+    for index in islice(curriculum, size):
+        if index in batch:
+            mates = {i for i in range(n) if routes[i] == routes[index] and not resting[i]}
+            assert mates <= set(batch)
+        batch.append(index)
+    return batch
+
+
+@quick
+@given(st.tuples(st.integers(2, 12), st.integers(2, 12)), bounded, st.data())
+def test_bounds_hold_across_updates_and_no_prompt_comes_twice_in_a_batch_without_need(
+    numbers, spec, data
+):
+    n, size = sum(numbers), spec["batch_size"]
+    fewest, most = CurriculumConfig(**spec).annotate_bounds()
+    curriculum = make(make_items(*numbers), **spec)
+    for _ in range(data.draw(st.integers(3, 12))):
+        kind = data.draw(st.sampled_from(["nothing", "update", "label", "resume"]))
+        if kind == "update":
+            # One awake prompt of each route stays.
+            annotate, resting = (
+                np.array(
+                    [first, *data.draw(st.lists(st.booleans(), min_size=n - 2, max_size=n - 2)), 0],
+                    bool,
+                )
+                for first in (True, False)
+            )
+            curriculum.update(annotate=annotate, resting=resting, uncertainty=np.linspace(1, 0, n))
+        elif kind == "label":
+            curriculum.labelled([f"id{data.draw(st.integers(0, n - 2)):03d}"])
+        elif kind == "resume":
+            state = copy.deepcopy(curriculum.state_dict())
+            curriculum = make(make_items(*numbers), **spec)
+            curriculum.load_state_dict(state)
+        batch = draw_batch(curriculum, n, size)
+        known = sum(curriculum.route_of(f"id{i:03d}") == "annotate" for i in batch)
+        assert fewest <= known <= most
+
+
+@quick
+@given(st.tuples(st.integers(2, 12), st.integers(2, 12)), bounded, st.integers(0, 60), st.data())
+def test_after_updates_with_bounds_a_resumed_curriculum_goes_on_the_same(
+    numbers, spec, before, data
+):
+    n = sum(numbers)
+    curriculum = make(make_items(*numbers), **spec)
+    for _ in range(3):
+        take(curriculum, before)
+        chosen = data.draw(st.lists(st.integers(0, n - 1), unique=True))
+        move(curriculum, n, chosen, data.draw(st.sampled_from(["annotate", "self_train"])))
+        take(curriculum, data.draw(st.integers(0, 20)))
+    again = make(make_items(*numbers), **spec)
+    again.load_state_dict(copy.deepcopy(curriculum.state_dict()))
+    assert take(again, 4 * n) == take(curriculum, 4 * n)
+    assert again.metrics() == curriculum.metrics()
+
+
+def test_an_update_that_moves_nothing_leaves_a_route_that_began_again_its_share():
+    curriculum = make(make_items(20, 300), 16, min_annotate_share=0.25)
+    assert [sum(i < 20 for i in take(curriculum, 16)) for _ in range(8)] == [4] * 8
+    move(curriculum, 320, [], uncertainty=0.0)
+    assert [sum(i < 20 for i in take(curriculum, 16)) for _ in range(8)] == [4] * 8
+
+
+def test_a_label_that_arrives_does_not_crowd_out_the_others_of_its_route():
+    curriculum = make(make_items(20, 300), 16, min_annotate_share=0.25)
+    take(curriculum, 16 * 8)
+    curriculum.labelled(["id200"])
+    batches = [[i for i in take(curriculum, 16) if i < 20 or i == 200] for _ in range(10)]
+    assert all(len(set(batch)) == 4 for batch in batches)
+    drawn = Counter(i for batch in batches for i in batch)
+    assert drawn[200] <= 3 and len(drawn) == 21
+
+
+def test_repeats_of_a_route_are_spread_evenly_though_updates_come_every_step():
+    curriculum = make(make_items(20, 300), 16, min_annotate_share=0.25)
+    drawn = Counter()
+    for _ in range(20):
+        drawn.update(i for i in take(curriculum, 16) if i < 20)
+        move(curriculum, 320, [], uncertainty=0.0)
+    assert sum(drawn.values()) == 80 and set(drawn.values()) == {4}
+
+
+def test_a_bound_gives_way_where_all_prompts_of_a_route_rest():
+    curriculum = make(make_items(2, 8), 4, min_annotate_share=0.5, revisit=9)
+    move(curriculum, 10, [0, 1], "annotate", resting=True)
+    assert [sum(i < 2 for i in take(curriculum, 4)) for _ in range(2)] == [1, 0]
+
+
+def test_since_is_the_first_step_of_a_prompts_present_route_and_rest():
+    curriculum = make(make_items(2, 2), 2)
+    curriculum.begin(3)
+    assert curriculum.since(["id003"]).tolist() == [0]
+    move(curriculum, 4, [2], "annotate", resting=True)
+    assert curriculum.since(["id001", "id002"]).tolist() == [0, 4]
+    curriculum.begin(7)
+    curriculum.labelled(["id002"])
+    again = make(make_items(2, 2), 2)
+    again.load_state_dict(curriculum.state_dict())
+    assert again.since(["id001", "id002"]).tolist() == [0, 7]

@@ -34,6 +34,11 @@ def everyone(_):
     return True
 
 
+def always(pt_ids):
+    """No prompt ever moved."""
+    return [0] * len(pt_ids)
+
+
 def run(guard, steps, seed=0):
     """(agreement, accuracy) a step, with a little noise; the steps with a verdict."""
     rng, told = random.Random(seed), []
@@ -43,7 +48,7 @@ def run(guard, steps, seed=0):
             group(False, agreement=agreement + noise[0]),
             group(True, accuracy=accuracy + noise[1]),
         ]
-        if guard.observe(groups, everyone):
+        if guard.observe(step, groups, everyone, always):
             told.append(step)
     return told
 
@@ -65,8 +70,10 @@ def test_agreement_that_rises_while_accuracy_falls_lowers_the_weight_and_says_so
 def test_a_verdict_is_a_sentence_with_both_changes():
     guard = Guard(GuardConfig(window=4))
     steps = [(0.4, 0.8), (0.4, 0.8), (0.8, 0.4), (0.8, 0.4)]
-    told = [guard.observe([group(False, agreement=a), group(True, accuracy=b)], everyone)
-            for a, b in steps]  # fmt: skip
+    told = [
+        guard.observe(step, [group(False, agreement=a), group(True, accuracy=b)], everyone, always)
+        for step, (a, b) in enumerate(steps)
+    ]
     assert told[:3] == [None] * 3
     assert "rose by 0.40" in told[3] and "fell by 0.40" in told[3] and "0.5" in told[3]
 
@@ -121,14 +128,15 @@ def test_pseudo_label_accuracy_is_of_the_votes_that_count_among_those_that_stand
         group(True, right=False, pt_id="out"),
         group(False),
     ]
-    guard.observe(groups, lambda g: g.pt_id == "in")
+    guard.observe(1, groups, lambda g: g.pt_id == "in", always)
     assert guard.metrics()["guard/pseudo_label_accuracy"] == 0.5
 
 
 def test_without_labelled_groups_there_is_no_verdict_and_no_made_up_gauge():
     guard = Guard(GuardConfig(window=4))
-    for agreement in (0.1, 0.2, 0.8, 0.9):
-        assert guard.observe([group(False, agreement=agreement)], everyone) is None
+    for step, agreement in enumerate((0.1, 0.2, 0.8, 0.9)):
+        voted = [group(False, agreement=agreement)]
+        assert guard.observe(step, voted, everyone, always) is None
     assert "guard/probe_accuracy" not in guard.metrics()
 
 
@@ -145,9 +153,71 @@ def test_a_resumed_guard_gives_the_same_verdicts(killed):
         if step == killed:
             second.load_state_dict(first.state_dict())
         guard = first if step < killed else second
-        if guard.observe([group(False, agreement=a), group(True, accuracy=b)], everyone):
+        groups = [group(False, agreement=a), group(True, accuracy=b)]
+        if guard.observe(step, groups, everyone, always):
             found.append(step)
     assert found == told
+
+
+def move_and_watch(level, every, share, steps=120, seed=0):
+    """The steps with a verdict, where every so often that share of the self_train prompts, the
+    hardest, moves to the labelled ones; a prompt agrees, or is right, with
+    `level(ease, step, labeled)`, ease in [0, 1]."""
+    rng, guard, told, since = random.Random(seed), Guard(GuardConfig()), [], {}
+    voted, known = list(range(400)), list(range(400, 480))
+    ease = [i / 400 for i in voted] + [i / 80 for i in range(80)]
+
+    def since_when(ids):
+        return [since.get(i, 0) for i in ids]
+
+    for step in range(1, steps + 1):
+        groups = [
+            group(
+                labeled,
+                pt_id=str(i),
+                **{name: level(ease[i], step, labeled) + rng.gauss(0, 0.05)},
+            )
+            for labeled, name, prompts in (
+                (False, "agreement", voted),
+                (True, "accuracy", known),
+            )
+            for i in rng.sample(prompts, min(16, len(prompts)))
+        ]
+        if guard.observe(step, groups, everyone, since_when):
+            told.append(step)
+        if step % every == 0:
+            moved = voted[: int(share * len(voted))]
+            voted, known = voted[len(moved) :], known + moved
+            since.update(dict.fromkeys(map(str, moved), step + 1))
+    return told
+
+
+often = pytest.mark.parametrize(("every", "share"), [(1, 0.02), (5, 0.1), (20, 0.3), (50, 0.4)])
+
+
+@often
+def test_prompts_that_change_their_route_are_not_taken_for_a_collapse(every, share):
+    def nothing_learnt(ease, step, labeled):
+        return 0.2 + 0.6 * ease
+
+    for seed in range(5):
+        assert move_and_watch(nothing_learnt, every, share, seed=seed) == []
+
+
+@often
+def test_a_collapse_is_seen_however_often_prompts_move(every, share):
+    def collapse(ease, step, labeled):
+        way = min(1.0, max(0.0, (step - 30) / 50))
+        return 0.3 + 0.2 * ease + (0.4 - 0.5 * way if labeled else 0.5 * way)
+
+    assert move_and_watch(collapse, every, share)
+
+
+def test_a_window_in_which_every_prompt_moved_gives_no_verdict():
+    guard, steps = Guard(GuardConfig(window=4)), [(0.4, 0.8), (0.4, 0.8), (0.8, 0.4), (0.8, 0.4)]
+    for step, (a, b) in enumerate(steps):
+        groups = [group(False, agreement=a), group(True, accuracy=b)]
+        assert guard.observe(step, groups, everyone, lambda ids: [3] * len(ids)) is None
 
 
 @pytest.mark.parametrize(

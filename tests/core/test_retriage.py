@@ -195,6 +195,49 @@ def test_a_resumed_retriage_decides_the_same(killed):
             assert a.asked == b.asked and (a.uncertainty == b.uncertainty).all()
 
 
+def test_labels_that_are_used_from_the_next_step_on_count_and_are_not_asked_for():
+    moves = make().move(PROBES, spent=N + 2, unused=["p59", "p20"])
+    assert moves.asked == ["p58", "p57", "p56"]
+    assert moves.annotate[59] and moves.resting[59]
+    priced = make(budget=None, triage={"budget_cost": N + 5.0})
+    assert priced.move(PROBES, spent=N + 2, unused=["p59", "p20"]).asked == moves.asked
+
+
+def test_what_a_killed_run_asked_for_takes_its_share_of_the_budget():
+    retriage = make()
+    retriage.asked_for(["p30", "stranger"])
+    moves = retriage.move(PROBES, spent=N, reserved=["p10", "p30", "stranger"])
+    # p30 was asked for by now and waits, p10 will be; three are left of five.
+    assert moves.asked == ["p59", "p58", "p57"]
+    assert moves.resting[30] and moves.annotate[30]
+    assert moves.annotate[10] == make().move(PROBES, spent=N).annotate[10]
+
+
+def test_a_run_that_repeats_a_retriage_decides_the_same_though_its_requests_are_known():
+    def told(retriage):
+        moves = retriage.move(PROBES, spent=N)
+        return moves.annotate.tolist(), moves.resting.tolist(), moves.uncertainty.tolist()
+
+    first, again = make(), make()
+    expected = told(first)
+    again.asked_for(first.state_dict()["asked"])
+    assert told(again) == expected
+    assert again.metrics() == first.metrics()
+    assert again.state_dict()["asked"] == first.state_dict()["asked"]
+
+
+def test_a_quota_of_a_source_that_is_not_in_training_is_no_obstacle():
+    moves = make(triage={"quotas": {"gone": 3, "a": N // 2 + 1}}).move(PROBES, spent=N)
+    assert moves.refused is None and len(moves.asked) == 5
+    assert sum(int(pt_id[1:]) % 2 == 0 for pt_id in moves.asked) == 1
+
+
+def test_too_few_probes_are_told_at_the_start():
+    settings = TriageConfig(estimator="consistency", direction="higher", budget=9)
+    with pytest.raises(PivotTraceError, match="Only 7 probes"):
+        Retriage(pool(), P, probes()[:7], settings, RetriageConfig(enable=True))
+
+
 def test_off_is_never_due():
     assert not any(make(enable=False).due(step) for step in range(1, 50))
     assert [step for step in range(1, 12) if make().due(step)] == [5, 10]

@@ -19,7 +19,7 @@ from pivottrace_verl.cli import app
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.pool import RunDir
 from pivottrace_verl.retriage import RetriageConfig
-from pivottrace_verl.retriage_files import budget_left
+from pivottrace_verl.retriage_labels import BudgetLeft
 from pivottrace_verl.training.data import train_table
 
 run = load("grpo_cpu/run")
@@ -221,9 +221,7 @@ def test_a_baseline_of_more_labels_than_prompts_is_refused(done: Path) -> None:
 def test_the_trainer_finds_no_budget_left_in_the_plan_of_a_baseline(done: Path) -> None:
     for arm in ("random", "votes"):
         trained_run = RunDir.open(done / f"{arm}-0")
-        bought = trained_run.ledger()
-        left = budget_left(trained_run, RetriageConfig(), len(bought.labels()), bought.spent())
-        assert left == 0
+        assert BudgetLeft(trained_run, trained_run.ledger(), RetriageConfig()).now() == 0
 
 
 def test_labels_are_asked_for_as_prompts_come_up_and_probes_before_training(done: Path) -> None:

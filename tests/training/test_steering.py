@@ -1,6 +1,7 @@
 """What steers a training run: routes, labels, weights and what a checkpoint keeps of them."""
 
 import copy
+from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -132,7 +133,7 @@ def test_a_collapse_stops_the_training_where_asked() -> None:
 def steer(run: RunDir, **retriage: Any) -> Steering:
     plan = {r["pt_id"]: r for r in run.plan().to_pylist()}
     ids = trained(run)
-    labelled = [pt_id for pt_id in ids if pt_id in run.ledger().labels()]
+    labelled = [pt_id for pt_id in ids if pt_id in BOUGHT]
     items = Items.of(
         range(len(ids)),
         ids,
@@ -149,8 +150,11 @@ def steer(run: RunDir, **retriage: Any) -> Steering:
     )
 
 
-def play(steering: Steering, run: RunDir, step: int) -> tuple[list[int], list[str]]:
-    """One step whose rollouts follow from prompt and step: the rows drawn, and what was told."""
+def play(
+    steering: Steering, run: RunDir, step: int, bought: Sequence[str] = ()
+) -> tuple[list[int], list[str]]:
+    """One step whose rollouts follow from prompt and step: the rows drawn, and what was told. The
+    labels `bought` come while it runs."""
     ids = trained(run)
     told = steering.begin(step)
     rows = list(islice(steering.curriculum, 4))
@@ -162,6 +166,7 @@ def play(steering: Steering, run: RunDir, step: int) -> tuple[list[int], list[st
         one = record(ids[index], info["labeled"], route=info["route"], agreement=agreement)
         one["reward"] = agreement if info["labeled"] else 0.0
         records += [(f"{index}", one)]
+    run.ledger().append([{"pt_id": pt_id, "label": "5", **WHO} for pt_id in bought])
     metrics, more = steering.end(step, records)
     assert metrics["pivottrace/budget/left"] >= 0
     return rows, told + more
@@ -201,6 +206,65 @@ def test_the_budget_caps_what_is_asked_for_in_all(run: RunDir) -> None:
     assert len(BOUGHT) + len(asked) <= 20
 
 
+def test_a_request_that_is_half_filled_keeps_neither_training_nor_a_resumed_run_from_going_on(
+    run: RunDir,
+) -> None:
+    steering = steer(run)
+    play(steering, run, 1)
+    state = copy.deepcopy(steering.state_dict())
+    play(steering, run, 2)
+    (request,) = (run.path / "train" / "requests").iterdir()
+    for content in (b"", b"pt_id;label\nx;1\n", "pt_id,label\nx,\u00e9".encode("cp1252")):
+        request.write_bytes(content)
+        resumed = steer(run)
+        resumed.load_state_dict(state)
+        for step in range(2, 7):
+            play(resumed, run, step)
+    assert [file.name for file in (run.path / "train" / "requests").iterdir()] == [request.name]
+
+
+def test_what_was_asked_for_after_the_checkpoint_counts_against_the_budget(run: RunDir) -> None:
+    steering = steer(run)
+    state = copy.deepcopy(steering.state_dict())
+    for step in (1, 2):
+        play(steering, run, step)
+    asked = steering.state_dict()["retriage"]["asked"]
+    resumed = steer(run)
+    resumed.load_state_dict(state)
+    for step in (1, 2):
+        resumed.begin(step)
+        # Rollouts that are not those of the first time make other prompts uncertain.
+        for pt_id in set(trained(run)) - set(asked):
+            resumed.end(step, [("g", record(pt_id, False, agreement=0.0))])
+    assert set(asked) <= set(resumed.state_dict()["retriage"]["asked"])
+    assert len(BOUGHT) + len(resumed.state_dict()["retriage"]["asked"]) <= 20
+
+
+def test_labels_that_nobody_asked_for_count_from_the_moment_they_are_bought(run: RunDir) -> None:
+    steering = steer(run, every=1)
+    waiting = [pt_id for pt_id in trained(run) if pt_id not in BOUGHT]
+    steering.begin(1)
+    labels = [{"pt_id": i, "label": "5", **WHO} for i in waiting[:3]]
+    run.ledger().append(labels)
+    records = [("g", record(waiting[4], labeled=False))]
+    metrics, _ = steering.end(1, records)
+    assert metrics["pivottrace/budget/left"] == 20 - len(BOUGHT) - 3
+    assert metrics["pivottrace/retriage/asked"] <= 20 - len(BOUGHT) - 3
+    assert steering.begin(2)[0].startswith("3 labels arrived")
+
+
+def test_the_budget_that_is_left_follows_the_ledger_at_every_step(run: RunDir) -> None:
+    steering = steer(run, enable=False)
+    bought = next(pt_id for pt_id in trained(run) if pt_id not in BOUGHT)
+    left = []
+    for step in (1, 2):
+        steering.begin(step)
+        left.append(steering.end(step, [])[0]["pivottrace/budget/left"])
+        if step == 1:
+            run.ledger().append([{"pt_id": bought, "label": "5", **WHO}])
+    assert left[0] - left[1] == 1
+
+
 @pytest.mark.parametrize("killed", [1, 2, 3, 5])
 def test_a_resumed_run_draws_the_same_prompts_and_moves_the_same(
     run: RunDir, tmp_path: Path, killed: int
@@ -217,6 +281,30 @@ def test_a_resumed_run_draws_the_same_prompts_and_moves_the_same(
     a, b = second.state_dict(), whole.state_dict()
     assert (a["retriage"]["values"] == b["retriage"]["values"]).all()
     assert a["retriage"]["asked"] == b["retriage"]["asked"]
+
+
+@pytest.mark.parametrize("killed", [1, 2, 3, 4, 6])
+def test_a_resumed_run_takes_in_labels_that_came_meanwhile_as_the_first_run_did(
+    run: RunDir, killed: int
+) -> None:
+    whole, states, expected = steer(run), [], []
+    unasked = trained(run)[-3]
+    for step in range(1, 9):
+        # Of those asked for after step 2, one comes in step 4 and one in step 5.
+        asked = whole.state_dict()["retriage"]["asked"]
+        come = {3: [unasked], 4: asked[:1], 5: asked[1:2]}.get(step, [])
+        come = [pt_id for pt_id in come if pt_id not in run.ledger().labels()]
+        expected.append(play(whole, run, step, come)[0])
+        states.append(copy.deepcopy(whole.state_dict()))
+    resumed = steer(run)
+    resumed.load_state_dict(states[killed - 1])
+    found = [play(resumed, run, step)[0] for step in range(killed + 1, 9)]
+    assert found == expected[killed:]
+    a, b = resumed.state_dict(), whole.state_dict()
+    assert (a["curriculum"]["moved"]["route"] == b["curriculum"]["moved"]["route"]).all()
+    assert (a["curriculum"]["moved"]["since"] == b["curriculum"]["moved"]["since"]).all()
+    for part in ("asked", "last", "probes"):
+        assert a["retriage"][part] == b["retriage"][part]
 
 
 def test_off_the_plans_routes_stay(run: RunDir) -> None:
