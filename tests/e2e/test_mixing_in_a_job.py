@@ -1,5 +1,5 @@
 """What a job with both routes trains on, read from what it leaves behind: advantages by route, with
-rollouts by route and the rows that verl adds to fill its mini-batch; and validation, which the votes
+rollouts by route and the rows that verl adds to fill its mini-batch; and validation, which votes
 must not touch."""
 
 import json
