@@ -45,12 +45,17 @@ def claimed(config: DictConfig) -> Iterator[None]:
 
 
 def _inherited(run: RunDir) -> bool:
-    """Whether the process that started this one handed over the lock on RUN/train."""
+    """Whether the process that started this one handed over the lock on RUN/train; it then names
+    this one as its holder, which may outlive the other."""
     number = os.environ.pop(LOCK, None)
     if number is None:
         return False
     lock, path = int(number), run.path / "train" / ".lock"
-    return path.exists() and os.path.samestat(os.fstat(lock), path.stat())
+    if not path.exists() or not os.path.samestat(os.fstat(lock), path.stat()):
+        return False
+    os.ftruncate(lock, 0)
+    os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+    return True
 
 
 def _own(run: RunDir, config: DictConfig) -> None:
