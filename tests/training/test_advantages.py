@@ -65,6 +65,7 @@ def a_trainer(estimator: str = "grpo", **weights: float) -> Any:
                 "use_kl_in_reward": False,
                 "norm_adv_by_std_in_grpo": True,
             },
+            "data": {"train_batch_size": 4},
             "actor_rollout_ref": {"rollout": {"n": 4}},
             "pivottrace": {"poll_interval_s": 0.25, "stall_timeout_s": None},
         }
@@ -82,7 +83,7 @@ def trajectory(pt_id: str, session: int, reward: float, last: bool = True) -> di
     mask[2:-1] = 0
     score = torch.zeros(len(mask))
     score[-1] = reward if last else 0.0
-    whole = record(pt_id, labeled, reward=reward, weight=weight)
+    whole = record(pt_id, labeled, reward=reward, weight=weight, failed=2)
     return {
         "uid": pt_id,
         "prompts": torch.ones(2, dtype=torch.int64),
@@ -206,6 +207,32 @@ def test_the_scale_that_is_reported_is_that_of_what_was_stored(
         sizes = [row.abs().mean().item() for key, row in ours.items() if key[0] == initial]
         mean = sum(sizes) / len(sizes)
         assert found[f"pivottrace/{route}/advantage_scale"] == pytest.approx(mean)
+
+
+def test_a_step_reports_all_its_mini_batches_once_and_the_next_begins_afresh(
+    store: MemoryStore,
+) -> None:
+    made = a_trainer("grpo", self_train=0.5)
+    batch = a_batch(store)
+    first = [key for key in batch.keys if key[:2] in ("a0", "s0", "s2")]
+    parts = [batch.select_keys(keys) for keys in (first, [k for k in batch.keys if k not in first])]
+    made.parameter_sync_step = len(parts)
+    made.prepare_step = dict
+    made._step_once = lambda metrics, *_: made._compute_advantage(parts.pop(), metrics)
+    made._set_aside = [("x", record("a3"))]
+    metrics: dict[str, float] = {}
+    done = made.step(metrics, {})
+    assert sorted(done.keys) == sorted(batch.keys)
+    found = advantages(store, batch)
+    for route, initial in (("annotate", "a"), ("self_train", "s")):
+        sizes = [row.abs().mean().item() for key, row in found.items() if key[0] == initial]
+        assert metrics[f"pivottrace/{route}/advantage_scale"] == pytest.approx(
+            sum(sizes) / len(sizes)
+        )
+        assert metrics[f"pivottrace/{route}/rollouts"] == len(sizes)
+    assert metrics["pivottrace/set_aside/annotate"] == 1.0
+    assert metrics["pivottrace/rollouts/failed"] == 2.0 * len(GROUPS)
+    assert made._scaled == [] and made._set_aside == []
 
 
 # What verl does not train on
