@@ -101,6 +101,7 @@ class SteeringConfig:
 
 
 def _meaning(block: Mapping[str, Any]) -> dict[str, Any]:
+    """`meaning` of the block; how a trace travels changes nothing in it."""
     found: dict[str, Any] = {}
     for part in _MEANING:
         value = block.get(part)
