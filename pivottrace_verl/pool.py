@@ -186,9 +186,10 @@ class RunDir(RunFiles):
                 )
 
     @contextmanager
-    def lock(self, room: str = "", wait: float = 0.0) -> Iterator[None]:
+    def lock(self, room: str = "", wait: float = 0.0) -> Iterator[int]:
         """Hold the run directory, or only a folder of it, as training does while labels come in;
-        PivotTraceError if another process does, and still does after `wait` seconds."""
+        PivotTraceError if another process does, and still does after `wait` seconds. A child
+        process that inherits the descriptor holds it, too, until it ends."""
         path = self.path / room / ".lock"
         try:
             path.parent.mkdir(exist_ok=True)
@@ -216,7 +217,7 @@ class RunDir(RunFiles):
             os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
             for folder in (self.path, *map(self.path.joinpath, ("scores", "traces", "train"))):
                 remove_leftovers(folder)
-            yield
+            yield file
         finally:
             os.close(file)
 

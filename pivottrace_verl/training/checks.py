@@ -4,17 +4,28 @@ quietly not happen, each with one sentence.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from verl.trainer.ppo.utils import need_critic
 from verl.utils.import_utils import load_class_from_fqn
 
+from pivottrace_verl.attention.config import CaptureConfig
 from pivottrace_verl.errors import PivotTraceError
+from pivottrace_verl.pivots import DetectorConfig
+from pivottrace_verl.pool import RunDir
 from pivottrace_verl.training.agent_loop import PivotAgentLoopManager
 from pivottrace_verl.training.steering import SteeringConfig
 
 MODES = ("sync", "colocate_async", "separate_async")
 """verl's trainers that are extended."""
+
+OF_PIVOTS = ("pivot_density", "pivot_count")
+OF_TRACES = (*OF_PIVOTS, "entropy")
+OF_LOGPROBS = ("nll",)
+"""Estimators that training measures only with what their name says."""
 
 
 def check(config: DictConfig) -> None:
@@ -24,7 +35,8 @@ def check(config: DictConfig) -> None:
             raise PivotTraceError(sentence)
     rollout = config.actor_rollout_ref.rollout
     block: Any = OmegaConf.to_container(config.pivottrace, resolve=True)
-    vote = SteeringConfig.of(block, config.data.train_batch_size, rollout.n).vote
+    steering = SteeringConfig.of(block, config.data.train_batch_size, rollout.n)
+    vote = steering.vote
     if vote.kind == "weighted" and vote.weight == "pivots" and not block["capture"]["enable"]:
         raise PivotTraceError(
             "pivottrace.vote.weight is pivots, but pivottrace.capture.enable is false, so no "
@@ -42,6 +54,49 @@ def check(config: DictConfig) -> None:
             f"{manager.__name__}, which takes no vote: leave it alone, or derive it from "
             "pivottrace_verl.training.agent_loop.PivotAgentLoopManager."
         )
+    if steering.retriage.enable and steering.run is not None:
+        _check_retriage(steering.run, block, bool(rollout.calculate_log_probs))
+
+
+def _check_retriage(path: Path, block: Mapping[str, Any], logprobs: bool) -> None:
+    """Re-triage must measure anew what the run's plan ranks by, and by the same measure."""
+    run = RunDir.open(path)
+    estimator = run.triage().get("estimator")
+    what = f"Re-triage goes on from the plan of {path}, which ranks prompts by {estimator}"
+    if estimator in OF_LOGPROBS and not logprobs:
+        raise PivotTraceError(
+            f"{what}; training measures that only with "
+            "actor_rollout_ref.rollout.calculate_log_probs=true."
+        )
+    if estimator in OF_TRACES and not block["capture"]["enable"]:
+        raise PivotTraceError(
+            f"{what}; training measures that only with pivottrace.capture.enable=true."
+        )
+    if estimator not in OF_PIVOTS:
+        return
+    manifest = run.manifest
+    scored = manifest.get("settings", {}).get("score", {})
+    theirs = _measure(manifest.get("detector", {}), scored.get("capture", {}))
+    settings = ("enable", "timeout_s")
+    capture = {k: v for k, v in block["capture"].items() if k not in settings}
+    ours = _measure(block["detector"], capture)
+    changed = [name for name in ours if ours[name] != theirs[name]]
+    if changed:
+        raise PivotTraceError(
+            f"{what}, found with {', '.join(f'{name}={theirs[name]}' for name in changed)}, but "
+            f"this training has {', '.join(str(ours[name]) for name in changed)}: its pivots "
+            f"would be mixed with others. Take the settings in {path / 'manifest.json'}."
+        )
+
+
+def _measure(detector: Mapping[str, Any], capture: Mapping[str, Any]) -> dict[str, Any]:
+    """Name in the configuration -> value, of all that a pivot hangs on."""
+    found = DetectorConfig.from_dict(detector).to_dict()
+    traced = CaptureConfig.from_dict(capture)
+    return {f"pivottrace.detector.{name}": value for name, value in found.items()} | {
+        f"pivottrace.capture.{name}": getattr(traced, name)
+        for name in ("layers", "head_groups", "heads", "window", "sink")
+    }
 
 
 def _refusals(config: DictConfig) -> tuple[tuple[bool, str], ...]:
@@ -49,6 +104,7 @@ def _refusals(config: DictConfig) -> tuple[tuple[bool, str], ...]:
     data, rollout, trainer = config.data, config.actor_rollout_ref.rollout, config.trainer
     capture = bool(config.pivottrace.capture.enable)
     custom, model = rollout.custom, config.actor_rollout_ref.model
+    most = max((n for n in config.pivottrace.rollouts.values() if n is not None), default=0)
     lora = model.lora_rank > 0 or model.lora.rank > 0
     return (
         (
@@ -97,6 +153,20 @@ def _refusals(config: DictConfig) -> tuple[tuple[bool, str], ...]:
         (
             rollout.n < 2,
             f"actor_rollout_ref.rollout.n is {rollout.n}; a vote needs at least 2 rollouts.",
+        ),
+        (
+            most > rollout.n,
+            f"pivottrace.rollouts asks for {most} rollouts of a prompt, more than "
+            f"actor_rollout_ref.rollout.n={rollout.n}, in whose units verl cuts a step into "
+            "mini-batches: what is left over would be updates of their own, on as little as one "
+            f"rollout. Set actor_rollout_ref.rollout.n={most}, and the other route's lower.",
+        ),
+        (
+            need_critic(config),
+            "PivotTrace weighs advantages by route, but a critic (algorithm.adv_estimator=gae or "
+            "critic.enable=true) learns from every reward alike, votes and groups without a "
+            "reward included: take an estimator without one, such as grpo, rloo or "
+            "reinforce_plus_plus.",
         ),
         (
             capture and config.pivottrace.detector.tau is None,

@@ -27,10 +27,14 @@ from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.files import read_object, write_bytes_atomic, write_json_atomic
 from pivottrace_verl.plugin import cpu_platform_requested
 from pivottrace_verl.pool import RunDir
+from pivottrace_verl.training.claim import LOCK
 from pivottrace_verl.training.data import training_tables, write_training_files
 
 DIE_WITH_PARENT = "PIVOTTRACE_DIE_WITH_PARENT"
 """Set for the job: a killed command must not leave a verl job behind that nobody watches."""
+
+ENDING_S = 10.0
+"""Seconds in which a job ends whose command was killed."""
 
 MAX_ERROR = 400
 _ERROR = re.compile(r"^(\(\w+ pid=\d+\) )?\s*(error: |[\w.]*(Error|Exception)\b[:(])")
@@ -137,17 +141,26 @@ def train(
         )
     with ExitStack() as training:
         with run.lock():
-            rows = _prepare(run, config, extra, training)
-        if rows is None:
+            prepared = _prepare(run, config, extra, training)
+        if prepared is None:
             return read_object(run.path / "train" / "done.json")
-        return _run_job(run, config, extra, rows, on_step)
+        return _run_job(run, config, extra, prepared, on_step)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """What a job starts from."""
+
+    train_rows: int
+    val_rows: int
+    lock: int
+    """Descriptor of the lock on RUN/train."""
 
 
 def _prepare(
     run: RunDir, config: TrainConfig, extra: Sequence[str], training: ExitStack
-) -> tuple[int, int] | None:
-    """Lock RUN/train, write the training files there and return their numbers of rows; None if the
-    job is done."""
+) -> _Prepared | None:
+    """Lock RUN/train and write the training files there; None if the job is done."""
     folder = run.path / "train"
     asked = {
         "plan": run.stage_fingerprint("plan"),
@@ -172,17 +185,18 @@ def _prepare(
     run.model_path()
     # Refusals first: the lock makes the folder.
     train_rows, val_rows = training_tables(run, config.batch_size)
-    training.enter_context(run.lock("train"))
+    # The job of a command that was killed holds it until it has ended, too.
+    lock = training.enter_context(run.lock("train", wait=ENDING_S))
     write_training_files(run, train_rows, val_rows)
     write_json_atomic(started, asked)
-    return train_rows.num_rows, val_rows.num_rows
+    return _Prepared(train_rows.num_rows, val_rows.num_rows, lock)
 
 
 def _run_job(
     run: RunDir,
     config: TrainConfig,
     extra: Sequence[str],
-    rows: tuple[int, int],
+    prepared: _Prepared,
     on_step: StepSeen,
 ) -> dict[str, Any]:
     """One attempt at the job, from verl's latest checkpoint on."""
@@ -191,7 +205,7 @@ def _run_job(
     attempt_file = folder.resolve() / f"metrics-{attempt:03d}.jsonl"
     command = [sys.executable, "-m", "pivottrace_verl.training.main_ppo"]
     command += overrides(run, config, attempt_file)
-    environment = {**os.environ, DIE_WITH_PARENT: "1"}
+    environment = {**os.environ, DIE_WITH_PARENT: "1", LOCK: str(prepared.lock)}
     if cpu_platform_requested():
         from pivottrace_verl.cpu.settings import cpu_env, cpu_overrides
 
@@ -208,6 +222,7 @@ def _run_job(
             stderr=subprocess.STDOUT,
             env=environment,
             cwd=folder,
+            pass_fds=(prepared.lock,),
         )
         try:
             _watch(job, attempt_file, on_step)
@@ -227,8 +242,8 @@ def _run_job(
     result = {
         "steps": config.steps,
         "checkpoint": str(checkpoint.relative_to(run.path)),
-        "train_rows": rows[0],
-        "val_rows": rows[1],
+        "train_rows": prepared.train_rows,
+        "val_rows": prepared.val_rows,
         "attempts": attempt + 1,
     }
     write_json_atomic(folder / "done.json", result)

@@ -26,6 +26,7 @@ from verl.utils.device import auto_set_device
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.plugin import disabled
 from pivottrace_verl.training.checks import check
+from pivottrace_verl.training.claim import claimed
 from pivottrace_verl.training.launch import DIE_WITH_PARENT
 
 _Runner: Any = TaskRunnerV1.__ray_metadata__.modified_class
@@ -81,7 +82,8 @@ def run(config: DictConfig) -> None:
         return
     check(config)
     runner: Any = ray.remote(PivotTaskRunner)
-    run_ppo(config, task_runner_class=runner)
+    with claimed(config):
+        run_ppo(config, task_runner_class=runner)
 
 
 def die_with_parent() -> None:

@@ -41,6 +41,9 @@ from pivottrace_verl.training.metrics import step_metrics
 
 Records = Sequence[tuple[str, dict[str, Any]]]
 
+_MEANING = ("answers", "request_seed", "detector", "capture")
+_MEANS_NOTHING = ("pivottrace.capture.wire", "pivottrace.capture.timeout_s")
+
 
 @dataclass(frozen=True)
 class SteeringConfig:
@@ -56,6 +59,8 @@ class SteeringConfig:
     default_rollouts: int
     run: Path | None
     """The run directory, which re-triage needs."""
+    meaning: Mapping[str, Any]
+    """Of the rest of the block what rewards and traces hang on, by name in the configuration."""
 
     @classmethod
     def of(cls, block: Mapping[str, Any], batch_size: int, rollouts: int) -> SteeringConfig:
@@ -70,6 +75,7 @@ class SteeringConfig:
             dict(block["rollouts"]),
             rollouts,
             None if block["run"] is None else Path(block["run"]),
+            _meaning(block),
         )
         for route, n in config.rollouts.items():
             if n is not None and n < 2:
@@ -88,10 +94,23 @@ class SteeringConfig:
         parts = dataclasses.asdict(self)
         del parts["run"]
         found = {"actor_rollout_ref.rollout.n": parts.pop("default_rollouts")}
+        found |= parts.pop("meaning")
         found["data.train_batch_size"] = parts["curriculum"].pop("batch_size")
         for part, values in parts.items():
             found |= {f"pivottrace.{part}.{name}": value for name, value in values.items()}
         return found
+
+
+def _meaning(block: Mapping[str, Any]) -> dict[str, Any]:
+    """`meaning` of the block; how a trace travels changes nothing in it."""
+    found: dict[str, Any] = {}
+    for part in _MEANING:
+        value = block.get(part)
+        if isinstance(value, Mapping):
+            found |= {f"pivottrace.{part}.{name}": inner for name, inner in value.items()}
+        else:
+            found[f"pivottrace.{part}"] = value
+    return {name: value for name, value in found.items() if name not in _MEANS_NOTHING}
 
 
 def _written(value: Any) -> str:
@@ -275,15 +294,15 @@ class Steering:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where the state was taken; PivotTraceError, naming both sides, if it belongs to
         other prompts or settings."""
-        if "settings" not in state:
+        before, now = state.get("settings", {}), self._config.settings()
+        if not now.keys() <= before.keys():
             raise PivotTraceError(
                 "The checkpoint's curriculum was saved by an earlier version of PivotTrace, which "
                 "this one cannot resume."
             )
-        before, now = state["settings"], self._config.settings()
-        changed = [name for name in now if before.get(name) != now[name]]
+        changed = [name for name in now if before[name] != now[name]]
         if changed:
-            saved = ", ".join(f"{name}={_written(before.get(name))}" for name in changed)
+            saved = ", ".join(f"{name}={_written(before[name])}" for name in changed)
             raise PivotTraceError(
                 f"The checkpoint was saved with {saved}, but this run has "
                 f"{', '.join(_written(now[name]) for name in changed)}."

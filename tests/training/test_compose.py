@@ -155,6 +155,9 @@ def test_a_recipe_with_a_file_of_its_own_takes_the_block_up_and_keeps_its_values
         ("actor_rollout_ref.rollout.disaggregation.enabled=True", "different engines"),
         ("actor_rollout_ref.rollout.n=1", "at least 2 rollouts"),
         ("reward.reward_model.enable=True", "over extracted answers"),
+        ("pivottrace.rollouts.self_train=6", "for 6 rollouts of a prompt, more than .*n=5, in"),
+        ("algorithm.adv_estimator=gae", "a critic .* learns from every reward alike"),
+        ("critic.enable=True", "a critic .* learns from every reward alike"),
         ("pivottrace.detector.tau=null", "tau is not set"),
         ("actor_rollout_ref.rollout.agent.agent_loop_manager_class="
          "verl.trainer.ppo.v1.AgentLoopManagerTQ", "AgentLoopManagerTQ, which takes no vote"),

@@ -1,10 +1,13 @@
-"""What the train stage says when its verl job fails."""
+"""What the train stage says when its verl job fails, and what it hands to the job."""
 
+import sys
 from pathlib import Path
 
 import pytest
 
-from pivottrace_verl.training.launch import MAX_ERROR, last_error
+from pivottrace_verl.errors import PivotTraceError
+from pivottrace_verl.training.launch import MAX_ERROR, TrainConfig, last_error, train
+from tests.triaged_run import buy, make_run, note_scoring, trained
 
 
 @pytest.mark.parametrize(
@@ -37,3 +40,21 @@ def test_a_long_error_is_cut_and_bytes_that_are_no_text_do_no_harm(tmp_path: Pat
     log = tmp_path / "train.log"
     log.write_bytes(b"\xff\xfe\nValueError: " + b"x" * 10_000 + b"\n")
     assert len(last_error(log)) == MAX_ERROR
+
+
+def test_the_job_inherits_the_lock_on_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run(tmp_path)
+    note_scoring(run)
+    buy(run, dict.fromkeys(set(trained(run)) - set(run.ledger().labels()), "1"), "annotate")
+    job = tmp_path / "job"
+    job.write_text("#!/bin/sh\nreadlink /proc/$$/fd/$PIVOTTRACE_TRAIN_LOCK\nexit 1\n")
+    job.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(job))
+    with pytest.raises(PivotTraceError, match="the verl job ended with status 1"):
+        train(run, TrainConfig(batch_size=2), [], lambda step, metrics: None)
+    said = (run.path / "train" / "train.log").read_text()
+    assert said == f"{(run.path / 'train' / '.lock').resolve()}\n"
+    with run.lock("train"):
+        pass

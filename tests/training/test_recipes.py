@@ -51,6 +51,8 @@ def test_the_recipe_composes_and_passes_the_checks(recipe: Any) -> None:
     assert recipe.actor_rollout_ref.actor.clip_ratio_high == 0.28
     assert recipe.pivottrace.curriculum.min_annotate_share == 0.25
     assert recipe.pivottrace.vote.min_agreement == 0.25
+    # Capture needs no eager mode, which would cost most of vLLM's decoding speed.
+    assert recipe.actor_rollout_ref.rollout.enforce_eager is False
 
 
 @pytest.mark.parametrize(

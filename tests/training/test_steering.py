@@ -330,6 +330,44 @@ def test_a_checkpoint_of_other_settings_is_refused(run: RunDir) -> None:
             plain(**changed).load_state_dict(plain().state_dict())
     with pytest.raises(PivotTraceError, match="earlier version"):
         steer(run).load_state_dict({"format": 1, "fingerprint": "x"})
+    del state["settings"]["pivottrace.answers"]
+    with pytest.raises(PivotTraceError, match="earlier version"):
+        steer(run).load_state_dict(state)
+
+
+MEANING: dict[str, Any] = {
+    "answers": "math",
+    "request_seed": None,
+    "detector": {"signal": "response_long_mass", "tau": 0.05},
+    "capture": {"enable": True, "layers": [3, 5], "heads": None, "wire": "float32"},
+}
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"answers": "exact"}, r"pivottrace\.answers=math, but this run has exact\."),
+        ({"request_seed": 7}, r"pivottrace\.request_seed=null, but this run has 7\."),
+        ({"detector": {**MEANING["detector"], "tau": 0.1}},
+         r"pivottrace\.detector\.tau=0\.05, but this run has 0\.1\."),
+        ({"capture": {**MEANING["capture"], "layers": [3]}},
+         r"pivottrace\.capture\.layers=\[3, 5\], but this run has \[3\]\."),
+        ({"capture": {**MEANING["capture"], "heads": [[0], [1]]}},
+         r"pivottrace\.capture\.heads=null, but this run has \[\[0\], \[1\]\]\."),
+    ],
+)  # fmt: skip
+def test_a_checkpoint_whose_rewards_or_traces_meant_something_else_is_refused(
+    changed: dict[str, Any], said: str
+) -> None:
+    state = plain(**MEANING).state_dict()
+    plain(**MEANING).load_state_dict(state)
+    with pytest.raises(PivotTraceError, match=said):
+        plain(**{**MEANING, **changed}).load_state_dict(state)
+
+
+def test_how_traces_travel_may_change_between_attempts() -> None:
+    other = {**MEANING, "capture": {**MEANING["capture"], "wire": "float16"}}
+    plain(**other).load_state_dict(plain(**MEANING).state_dict())
 
 
 def test_a_checkpoint_of_other_prompts_is_refused_and_both_are_named() -> None:
