@@ -47,6 +47,7 @@ def _runner(owner: str) -> tuple[Name, ...]:
             model="its compute_logits gives the logits that choose each token",
             max_num_reqs="the most requests of a batch, graphs' padding included",
             model_config="the number format of the model",
+            cache_config="what of the device's memory is vLLM's",
             attn_groups="the builders whose common metadata is kept for FlashInfer",
         ),
     )
@@ -205,8 +206,25 @@ DEVICE_NAMES = (
         "vllm.config.parallel:ParallelConfig",
         prefill_context_parallel_size="context parallelism is refused",
         use_ubatching="DBO is refused",
+        nnodes="engines that span machines are refused",
+        distributed_executor_backend="workers launched one by one are refused",
     ),
-    *_names("vllm.config.cache:CacheConfig", kv_sharing_fast_prefill="skipped layers are refused"),
+    Name(
+        "vllm.config.parallel:ParallelConfig.enable_batch_sharded_sampling",
+        "ranks that see the logits of a part of the batch are refused",
+        "vllm/config/parallel.py",
+        versions=">=0.29",
+    ),
+    *_on_instances(
+        "vllm.model_executor.layers.attention.chunked_local_attention:ChunkedLocalAttention",
+        attention_chunk_size="layers that attend within chunks are refused",
+    ),
+    *_names(
+        "vllm.config.cache:CacheConfig",
+        kv_sharing_fast_prefill="skipped layers are refused",
+        gpu_memory_utilization="what of the device's memory is vLLM's",
+        kv_cache_memory_bytes="where it is set the utilisation counts for nothing",
+    ),
     *_names(
         "vllm.v1.kv_cache_interface:UniformTypeKVCacheSpecs",
         kv_cache_specs="the layers' own kinds of cache",
@@ -226,5 +244,11 @@ DEVICE_NAMES = (
         "vllm.platforms.interface:Platform.fp8_dtype",
         "the format of an FP8 cache",
         "vllm/platforms/interface.py",
+    ),
+    Name(
+        "vllm.platforms.interface:Platform.has_device_capability",
+        "FP8 keys are refused where Triton does not convert them",
+        "vllm/platforms/interface.py",
+        ("cls", "capability"),
     ),
 )
