@@ -16,6 +16,7 @@ _IMPLS = {
     "FLASHINFER": ("flashinfer", "FlashInfer"),
     "TRITON_ATTN": ("triton_attn", "TritonAttention"),
 }
+_LOGITS = "logits = self.model.compute_logits(sample_hidden_states)"
 _FORWARD = ("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata")
 _UPDATE = ("self", "layer", "key", "value", "kv_cache", "slot_mapping")
 
@@ -105,7 +106,8 @@ DEVICE_NAMES = (
         f"{_V1}.execute_model",
         "logits are computed outside of the graph, a row a request",
         _file(_V1),
-        mentions="logits = self.model.compute_logits(sample_hidden_states)",
+        # The last two where a pipeline's stages all sample, which is refused.
+        assigns=(_LOGITS, "logits = None", "logits = broadcasted['logits']"),
     ),
     Name(
         f"{_V2}.prepare_inputs",
@@ -123,7 +125,20 @@ DEVICE_NAMES = (
         f"{_V2}.sample",
         "logits are computed outside of the graph, a row a request",
         _file(_V2),
-        mentions="logits = self.model.compute_logits(sample_hidden_states)",
+        assigns=(_LOGITS,),
+        versions="<0.29",
+    ),
+    Name(
+        f"{_V2}.sample",
+        "logits are computed outside of the graph, a row a request",
+        _file(_V2),
+        # The last two with batch-sharded sampling, which is refused.
+        assigns=(
+            _LOGITS,
+            "logits = all_to_all_logits(local_logits, shard_metadata)",
+            "logits = logits[:, :self.vocab_size]",
+        ),
+        versions=">=0.29",
     ),
     *_names("vllm.v1.worker.gpu.input_batch:InputBatch", req_ids="the batch's order"),
     Name(
