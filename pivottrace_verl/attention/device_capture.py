@@ -159,13 +159,10 @@ class DeviceCapture:
 
         Raises RuntimeError where they differ.
         """
-        layer, keys = (
-            self.layers[position],
-            layer_keys(self.layers[position], self.layouts[position]),
-        )
+        layer = self.layers[position]
+        keys = layer_keys(layer, self.layouts[position])
         found = _batch_of(metadata)
         starts = found.query_start_loc.tolist()
-        queries = query.float() if query.element_size() == 1 else query
         for place, request in self._whole:
             if self._unchecked[position] == 0:
                 return
@@ -177,9 +174,9 @@ class DeviceCapture:
                     f"request {request.key!r} at place {place} of the batch, where "
                     f"{end - start} are; set PIVOTTRACE_DISABLE=1 to run without capture."
                 )
-            last = queries[end - 1]
+            last = query[end - 1]
             if query.element_size() == 1:
-                last = last * layer.module._q_scale
+                last = last.float() * layer.module._q_scale
             expected = dense_row(
                 last,
                 keys.as_written(key[start:end]),

@@ -39,6 +39,8 @@ distances in units of their window."""
 HALF_BOUND = 0.2
 """The same for every other format: an engine in bfloat16 on a CPU is 0.05 off float32 attention at
 most, and 0.7 and more where rows are shifted by one."""
+GPU_HEAD_DIM = 128
+"""Head size of a tiny model on a GPU: one that all of vLLM's backends there serve."""
 KV_CACHE_BYTES = 1 << 30
 """KV cache of a tiny model's engine on a GPU: the store of a model whose keys are small is large
 beside them, and would not fit beside vLLM's usual share of the device."""
@@ -125,12 +127,13 @@ def make_tiny_model(
     architecture: str = "llama",
     seed: int = 0,
     n_key_heads: int = 2,
+    head_dim: int | None = None,
 ) -> Any:
     """A random four-layer model with 4 query heads, saved without tokenizer.
 
-    `architecture` is one of `ARCHITECTURES`; where a model has layers with a sliding window, every
-    other one has. Weights are drawn wide enough that attention is far from uniform, so that a wrong
-    row could not pass for a right one.
+    `architecture` is one of `ARCHITECTURES`, of its own head size unless `head_dim` is given; where
+    a model has layers with a sliding window, every other one has. Weights are drawn wide enough
+    that attention is far from uniform, so that a wrong row could not pass for a right one.
     """
     import torch
     import transformers
@@ -150,6 +153,7 @@ def make_tiny_model(
             "eos_token_id": 1,
             "pad_token_id": 0,
             **own,
+            **({} if head_dim is None else {"head_dim": head_dim}),
         }
     )
     with torch.random.fork_rng():
@@ -207,7 +211,6 @@ def _generate(model_dir: str) -> tuple[list[list[int]], list[list[int]]]:
     """(prompts, greedy tokens) of a new in-process engine; every request asks for its trace."""
     import torch
     from vllm import LLM, SamplingParams
-    from vllm.platforms import current_platform
 
     llm = LLM(
         model_dir,
@@ -215,7 +218,7 @@ def _generate(model_dir: str) -> tuple[list[list[int]], list[list[int]]]:
         max_model_len=256,
         max_num_seqs=len(PROMPT_LENGTHS),
         max_num_batched_tokens=256,
-        **tiny_engine(current_platform.is_cpu()),
+        **tiny_engine(_on_cpu()),
     )
     vocabulary = llm.llm_engine.model_config.hf_text_config.vocab_size
     generator = torch.Generator().manual_seed(0)
@@ -237,11 +240,17 @@ def _generate(model_dir: str) -> tuple[list[list[int]], list[list[int]]]:
     return prompts, [list(output.outputs[0].token_ids) for output in outputs]
 
 
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu())
+
+
 def _main(part: str, scratch: str, model_dir: str) -> None:
     if not model_dir:
         model_dir = os.path.join(scratch, "model")
         if not os.path.exists(model_dir):
-            make_tiny_model(model_dir)
+            make_tiny_model(model_dir, head_dim=None if _on_cpu() else GPU_HEAD_DIM)
     told = _captured(model_dir) if part == "captured" else {"outputs": _generate(model_dir)[1]}
     Path(scratch, f"{part}.json").write_text(json.dumps(told))
 

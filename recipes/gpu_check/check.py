@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from pivottrace_verl.attention.selftest import HALF_BOUND
+from pivottrace_verl.attention.selftest import GPU_HEAD_DIM, HALF_BOUND
 from pivottrace_verl.files import write_json_atomic
 
 HERE = Path(__file__).resolve().parent
@@ -89,7 +89,7 @@ def equality(runners: list[str], quick: bool) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="pivottrace-gpu-") as scratch:
-        make_tiny_model(scratch)
+        make_tiny_model(scratch, head_dim=GPU_HEAD_DIM)
         for runner in runners:
             use = {"VLLM_USE_V2_MODEL_RUNNER": RUNNERS[runner]}
             n = "8" if quick else "48"

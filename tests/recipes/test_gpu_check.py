@@ -81,7 +81,7 @@ def test_the_store_fits_beside_the_cache_of_the_engines_that_are_made(who, gpu_g
         pytest.skip("Triton is not installed")
     from pivottrace_verl.attention.device_capture import check_memory
     from pivottrace_verl.attention.device_store import DeviceStore
-    from pivottrace_verl.attention.selftest import make_tiny_model
+    from pivottrace_verl.attention.selftest import GPU_HEAD_DIM, make_tiny_model
 
     engine, total = load("gpu_check/engine"), gpu_gib * GIB
     if who == "decode":
@@ -89,11 +89,13 @@ def test_the_store_fits_beside_the_cache_of_the_engines_that_are_made(who, gpu_g
         settings = {"gpu_memory_utilization": engine.DECODE_UTILIZATION}
     else:
         with tempfile.TemporaryDirectory() as scratch:
-            shape, layers, weights = make_tiny_model(scratch).config.to_dict(), 2, 0
+            head_dim = GPU_HEAD_DIM if who.startswith("doctor") else None
+            model = make_tiny_model(scratch, head_dim=head_dim)
+        shape, layers, weights = model.config.to_dict(), 2, 0
         settings = tiny_engine(on_cpu=False) if who.startswith("doctor") else {}
     settings = {"gpu_memory_utilization": 0.92, "kv_cache_memory_bytes": None} | settings
     context, activations = GIB // 2, GIB
-    size = shape["hidden_size"] // shape["num_attention_heads"]
+    size = shape.get("head_dim") or shape["hidden_size"] // shape["num_attention_heads"]
     a_token = 2 * 2 * shape["num_hidden_layers"] * shape["num_key_value_heads"] * size
     share = int(total * settings["gpu_memory_utilization"])
     cache = settings["kv_cache_memory_bytes"] or share - weights - context - activations
