@@ -39,7 +39,7 @@ class Engine:
         self.capture, self.runner, self.sent = make_capture(self.layers, **capture)
         self.capture.wrap()
 
-    def prefill(self, length=40, computed=None, read=BLOCKS, order="a", **asked):
+    def prefill(self, length=40, computed=None, read=BLOCKS, order="a", spread=1.0, **asked):
         """A step that computes prompt `a` from token `computed` or the start; its keys lie in
         `BLOCKS`, the batch's table says `read`; `order`: of the requests the runner has."""
         before = computed or 0
@@ -51,7 +51,7 @@ class Engine:
         self.runner._prepare_inputs(list(order))
         n = length - before
         buffers = Buffers(n + 2)
-        buffers.query = torch.randn(buffers.query.shape, generator=self.generator)
+        buffers.query = spread * torch.randn(buffers.query.shape, generator=self.generator)
         buffers.seq_lens[0] = length
         buffers.query_start_loc[1:] = n
         buffers.block_table[0, : len(read)] = torch.tensor(read)
@@ -142,7 +142,8 @@ def test_prompts_in_fp8_are_checked_against_the_keys_as_they_were_rounded(fp8):
     joined = layer.module.impl.keys
     layer.module.impl.keys = lambda cache: joined(cache.view(device_layers.FP8_CACHES[fp8]))
     engine = Engine([layer], config=CaptureConfig(layers=(0,), window=8, sink=2))
-    engine.prefill()
+    # Attention so sharp that what keys lose in 8 bits is seen.
+    engine.prefill(spread=8.0)
     assert engine.capture._unchecked == [FIRST - 1]
     with pytest.raises(RuntimeError, match="is not what"):
         engine.prefill(read=SWAPPED)
