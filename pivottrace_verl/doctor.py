@@ -20,9 +20,6 @@ from pivottrace_verl import __version__
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.plugin import STATE, cpu_platform_requested, disabled
 
-MAX_ABS_ERROR = 1e-4
-"""Largest difference allowed between captured and dense statistics, in float32."""
-
 
 @dataclass(frozen=True)
 class Check:
@@ -163,15 +160,16 @@ def _capture(model: Path | None) -> tuple[Check, dict[str, Any]]:
         says = f"None of {facts['missing']} rollouts brought its attention out of vLLM."
         return Check("capture", False, True, says), facts
     ok = (
-        facts["max_abs_error"] <= MAX_ABS_ERROR
+        facts["max_abs_error"] <= facts["bound"]
         and facts["missing"] == 0
         and facts["rows"] == facts["tokens"]
         and facts["greedy_identical"]
     )
     says = (
         f"Attention captured in vLLM's {facts['backend']} backend differs from dense attention by "
-        f"at most {facts['max_abs_error']:.1e} over {facts['rows']} of {facts['tokens']} tokens "
-        f"({facts['missing']} rollouts missing; greedy tokens "
+        f"at most {facts['max_abs_error']:.1e} (bound {facts['bound']:g} in {facts['dtype']}) over "
+        f"{facts['rows']} of {facts['tokens']} tokens ({facts['missing']} rollouts missing; "
+        f"greedy tokens "
         f"{'identical' if facts['greedy_identical'] else 'DIFFERENT'} with capture on and off)."
     )
     return Check("capture", ok, True, says), facts

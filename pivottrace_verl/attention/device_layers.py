@@ -14,7 +14,13 @@ from typing import Any
 import torch
 
 from pivottrace_verl.attention.keys import StridedKeys
-from pivottrace_verl.attention.support import TracedLayer, refuse
+from pivottrace_verl.attention.support import (
+    CHUNKED,
+    TracedLayer,
+    check_workers,
+    chunked,
+    refuse,
+)
 
 BACKENDS = ("FLASH_ATTN", "FLASHINFER", "TRITON_ATTN", "CPU_ATTN")
 PLAIN_CACHES = ("auto", "float32", "float16", "bfloat16")
@@ -39,13 +45,18 @@ def check_device_engine(vllm_config: Any, runner: Any) -> None:
     if find_spec("triton") is None:
         refuse("Triton is not installed")
     parallel, cache = vllm_config.parallel_config, vllm_config.cache_config
-    for name, value in (
-        ("pipeline parallelism", parallel.pipeline_parallel_size),
-        ("decode context parallelism", parallel.decode_context_parallel_size),
-        ("prefill context parallelism", parallel.prefill_context_parallel_size),
-    ):
-        if value > 1:
-            refuse(f"this engine uses {name} ({value} ranks), which is not supported on GPUs yet")
+    check_workers(parallel)
+    if parallel.pipeline_parallel_size > 1:
+        refuse(
+            f"this engine uses pipeline parallelism ({parallel.pipeline_parallel_size} ranks), "
+            f"which is not supported on GPUs yet"
+        )
+    # From vLLM 0.29 on each rank may be given the logits of its own part of the batch.
+    if getattr(parallel, "enable_batch_sharded_sampling", False):
+        refuse(
+            "each rank of this engine samples a part of the batch (enable_batch_sharded_sampling), "
+            "so none sees all logits"
+        )
     if parallel.use_ubatching:
         refuse("this engine splits its batches in two (DBO), which is not supported")
     if vllm_config.speculative_config is not None:
@@ -79,6 +90,13 @@ def device_problem(kv_cache_config: Any) -> Callable[[str, Any, int], str | None
             return f"has a quantised KV cache ({cache_dtype}), which cannot be read"
         if cache_dtype == "fp8" and platform_fp8() not in FP8_CACHES.values():
             return f"has an FP8 cache in the format {platform_fp8()}, which is not supported"
+        if cache_dtype in FP8_CACHES and not device_reads_fp8():
+            return (
+                f"has an FP8 KV cache ({cache_dtype}), whose keys the kernel reads on GPUs of "
+                f"compute capability 8.9 and later only"
+            )
+        if chunked(module):
+            return CHUNKED
         if not isinstance(spec, FullAttentionSpec) or hasattr(spec, "rswa_window"):
             return (
                 f"has a KV cache that forgets ({type(spec).__name__}), so its rows would be lost "
@@ -100,6 +118,13 @@ def platform_fp8() -> torch.dtype:
 
     dtype: torch.dtype = current_platform.fp8_dtype()
     return dtype
+
+
+def device_reads_fp8() -> bool:
+    """Triton converts FP8 numbers for NVIDIA GPUs from Ada (8.9) on."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.has_device_capability(89))
 
 
 def _halves(cache: torch.Tensor) -> torch.Tensor | None:

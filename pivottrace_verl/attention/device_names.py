@@ -16,6 +16,7 @@ _IMPLS = {
     "FLASHINFER": ("flashinfer", "FlashInfer"),
     "TRITON_ATTN": ("triton_attn", "TritonAttention"),
 }
+_LOGITS = "logits = self.model.compute_logits(sample_hidden_states)"
 _FORWARD = ("self", "layer", "query", "key", "value", "kv_cache", "attn_metadata")
 _UPDATE = ("self", "layer", "key", "value", "kv_cache", "slot_mapping")
 
@@ -47,6 +48,7 @@ def _runner(owner: str) -> tuple[Name, ...]:
             model="its compute_logits gives the logits that choose each token",
             max_num_reqs="the most requests of a batch, graphs' padding included",
             model_config="the number format of the model",
+            cache_config="what of the device's memory is vLLM's",
             attn_groups="the builders whose common metadata is kept for FlashInfer",
         ),
     )
@@ -104,7 +106,8 @@ DEVICE_NAMES = (
         f"{_V1}.execute_model",
         "logits are computed outside of the graph, a row a request",
         _file(_V1),
-        mentions="logits = self.model.compute_logits(sample_hidden_states)",
+        # The last two where a pipeline's stages all sample, which is refused.
+        assigns=(_LOGITS, "logits = None", "logits = broadcasted['logits']"),
     ),
     Name(
         f"{_V2}.prepare_inputs",
@@ -122,7 +125,20 @@ DEVICE_NAMES = (
         f"{_V2}.sample",
         "logits are computed outside of the graph, a row a request",
         _file(_V2),
-        mentions="logits = self.model.compute_logits(sample_hidden_states)",
+        assigns=(_LOGITS,),
+        versions="<0.29",
+    ),
+    Name(
+        f"{_V2}.sample",
+        "logits are computed outside of the graph, a row a request",
+        _file(_V2),
+        # The last two with batch-sharded sampling, which is refused.
+        assigns=(
+            _LOGITS,
+            "logits = all_to_all_logits(local_logits, shard_metadata)",
+            "logits = logits[:, :self.vocab_size]",
+        ),
+        versions=">=0.29",
     ),
     *_names("vllm.v1.worker.gpu.input_batch:InputBatch", req_ids="the batch's order"),
     Name(
@@ -205,8 +221,25 @@ DEVICE_NAMES = (
         "vllm.config.parallel:ParallelConfig",
         prefill_context_parallel_size="context parallelism is refused",
         use_ubatching="DBO is refused",
+        nnodes="engines that span machines are refused",
+        distributed_executor_backend="workers launched one by one are refused",
     ),
-    *_names("vllm.config.cache:CacheConfig", kv_sharing_fast_prefill="skipped layers are refused"),
+    Name(
+        "vllm.config.parallel:ParallelConfig.enable_batch_sharded_sampling",
+        "ranks that see the logits of a part of the batch are refused",
+        "vllm/config/parallel.py",
+        versions=">=0.29",
+    ),
+    *_on_instances(
+        "vllm.model_executor.layers.attention.chunked_local_attention:ChunkedLocalAttention",
+        attention_chunk_size="layers that attend within chunks are refused",
+    ),
+    *_names(
+        "vllm.config.cache:CacheConfig",
+        kv_sharing_fast_prefill="skipped layers are refused",
+        gpu_memory_utilization="what of the device's memory is vLLM's",
+        kv_cache_memory_bytes="where it is set the utilisation counts for nothing",
+    ),
     *_names(
         "vllm.v1.kv_cache_interface:UniformTypeKVCacheSpecs",
         kv_cache_specs="the layers' own kinds of cache",
@@ -226,5 +259,11 @@ DEVICE_NAMES = (
         "vllm.platforms.interface:Platform.fp8_dtype",
         "the format of an FP8 cache",
         "vllm/platforms/interface.py",
+    ),
+    Name(
+        "vllm.platforms.interface:Platform.has_device_capability",
+        "FP8 keys are refused where Triton does not convert them",
+        "vllm/platforms/interface.py",
+        ("cls", "capability"),
     ),
 )

@@ -6,8 +6,10 @@ which the kernels of a step learn whose rows these are; they stay where they are
 CUDA graph reads new contents when it is replayed.
 
 Contract: nothing here waits for the device, `Reading.wait` apart. A step costs one copy of a few
-kilobytes to the device; a read is enqueued before the step that may overwrite its rows, and travels
-to the host on a stream of its own.
+kilobytes to the device; a read is enqueued before the step that may overwrite its rows, is gathered
+into memory made once (`STAGES`), and travels to the host on a stream of its own. So reads take no
+memory of the device, however many requests finish in a step; past `STAGES * STAGE_ROWS` rows on
+their way the device waits for the first of them to leave.
 
 Axes: R requests of a batch, slots of the KV cache, T rows read, L traced layers, G head groups,
 F features, K `TOKEN_STATISTICS`.
@@ -25,6 +27,10 @@ from pivottrace_verl.attention.store import NOBODY
 
 HOST_BUFFERS = 4
 """Steps whose copies to the device may be under way at once: asynchronous scheduling has two."""
+
+
+STAGES, STAGE_ROWS = 4, 1 << 15
+"""Rooms on the device, and rows in each, through which rows leave."""
 
 
 class StepRows:
@@ -48,6 +54,11 @@ class StepRows:
         self.prompts, self.responses, self.owners, self.slots = self._rows
         self._clear = True
         self.n_requests = 0
+
+    @property
+    def are_clear(self) -> bool:
+        """True when kernels launched now leave everything alone."""
+        return self._clear
 
     def fill(self, prompts: np.ndarray, responses: np.ndarray, owners: np.ndarray) -> None:
         """The requests of the next step: prompt lengths, -1 for one that did not ask; where their
@@ -100,13 +111,13 @@ class Reading:
     """Rows on their way to the host."""
 
     def __init__(
-        self, parts: list[torch.Tensor], owner: int, sent: _Moment, kept: list[torch.Tensor]
+        self, parts: list[torch.Tensor], owner: int, sent: _Moment, index: torch.Tensor
     ) -> None:
         self.n_rows = len(parts[2])
         """Rows that count; whoever asked may lower it."""
         self._parts, self._owner, self._sent = parts, owner, sent
         # What the device still reads from must not be handed to others before it did.
-        self._kept = kept
+        self._index: torch.Tensor | None = index
 
     @property
     def ready(self) -> bool:
@@ -115,9 +126,30 @@ class Reading:
     def wait(self) -> tuple[np.ndarray, np.ndarray, int]:
         """stats [T, L, G, F], token statistics [T, K], and how many rows are not the owner's."""
         self._sent.wait()
-        self._kept.clear()
+        self._index = None
         stats, tokens, owners = (part[: self.n_rows].numpy() for part in self._parts)
         return stats, tokens, int((owners != self._owner).sum())
+
+
+class _Stage:
+    """Room for `STAGE_ROWS` rows of the stores, on their way out."""
+
+    def __init__(self, stores: list[torch.Tensor], on_gpu: bool) -> None:
+        self._index = torch.empty(STAGE_ROWS, dtype=torch.int64, device=stores[0].device)
+        self._rows = [store.new_empty(STAGE_ROWS, *store.shape[1:]) for store in stores]
+        self._on_gpu = on_gpu
+        self.left = _Moment(on_gpu)
+        """When the rows that were here last have left."""
+
+    def gather(self, stores: list[torch.Tensor], index: torch.Tensor) -> list[torch.Tensor]:
+        """Rows `index` of the stores, in place here, in the order of the current stream's work."""
+        if self._on_gpu:
+            self.left.hold(torch.cuda.current_stream(self._index.device))
+        on_device = self._index[: len(index)].copy_(index, non_blocking=True)
+        return [
+            torch.index_select(store, 0, on_device, out=rows[: len(index)])
+            for store, rows in zip(stores, self._rows, strict=True)
+        ]
 
 
 class DeviceStore:
@@ -139,6 +171,8 @@ class DeviceStore:
         self.owner = torch.full((n_slots,), NOBODY, dtype=torch.int32, device=device)
         self._on_gpu = self.stats.device.type == "cuda"
         self._stream = torch.cuda.Stream(self.stats.device) if self._on_gpu else None
+        self._stores = [self.stats, self.tokens, self.owner]
+        self._stages = cycle([_Stage(self._stores, self._on_gpu) for _ in range(STAGES)])
 
     @staticmethod
     def bytes_per_slot(n_layers: int, n_groups: int, n_features: int) -> int:
@@ -147,30 +181,31 @@ class DeviceStore:
     def read(self, slots: np.ndarray, owner: int) -> Reading:
         """Start to read the rows at `slots` [T], as they are when the current stream gets here."""
         index = torch.from_numpy(slots)
-        if self._stream is None:
-            parts = [store[index] for store in (self.stats, self.tokens, self.owner)]
-            return Reading(parts, owner, _Moment(False), [])
-        index = index.pin_memory()
-        on_device = index.to(self.stats.device, non_blocking=True)
-        found = [
-            store.index_select(0, on_device) for store in (self.stats, self.tokens, self.owner)
+        if self._on_gpu:
+            index = index.pin_memory()
+        parts = [
+            torch.empty(len(slots), *store.shape[1:], dtype=store.dtype, pin_memory=self._on_gpu)
+            for store in self._stores
         ]
-        gathered, sent = _Moment(True), _Moment(True)
-        gathered.record()
-        with self._aside(gathered):
-            parts = [
-                torch.empty(part.shape, dtype=part.dtype, pin_memory=True).copy_(
-                    part, non_blocking=True
-                )
-                for part in found
-            ]
-            sent.record()
-        return Reading(parts, owner, sent, [index, on_device, *found])
+        sent = _Moment(self._on_gpu)
+        for begin in range(0, len(slots), STAGE_ROWS):
+            stage, end = next(self._stages), begin + STAGE_ROWS
+            gathered = _Moment(self._on_gpu)
+            found = stage.gather(self._stores, index[begin:end])
+            gathered.record()
+            with self._aside(gathered):
+                for part, rows in zip(parts, found, strict=True):
+                    part[begin:end].copy_(rows, non_blocking=True)
+                stage.left.record()
+                sent.record()
+        return Reading(parts, owner, sent, index)
 
     @contextmanager
     def _aside(self, after: _Moment) -> Iterator[None]:
         """Work of the stream that copies to the host, which waits for `after`."""
-        assert self._stream is not None
+        if self._stream is None:
+            yield
+            return
         after.hold(self._stream)
         with torch.cuda.stream(self._stream):
             yield

@@ -38,6 +38,8 @@ class TracedRequest:
     """Its blocks in the traced layers' KV cache group, in the scheduler's block size."""
     computed: int = 0
     """Tokens computed when every step so far has run."""
+    before: int = 0
+    """The same before the step that was scheduled last."""
     preempted: bool = False
     readings: list[Reading] = field(default_factory=list)
 
@@ -90,6 +92,7 @@ class DeviceTracker:
         for req_id, n_tokens in scheduled.num_scheduled_tokens.items():
             request = self.requests.get(req_id)
             if request is not None:
+                request.before = request.computed
                 request.computed += n_tokens
         if scheduled.total_num_scheduled_tokens:
             self._send_what_is_here()
@@ -114,6 +117,12 @@ class DeviceTracker:
         prompts = np.array([r.prompt_length if r else -1 for r in found], np.int32)
         starts = np.array([r.response_start if r else -1 for r in found], np.int32)
         return prompts, starts, np.array([r.owner if r else NOBODY for r in found], np.int32)
+
+    def whole(self, req_ids: Iterable[str]) -> list[tuple[int, TracedRequest]]:
+        """The requests of a batch all of whose tokens are computed in this step, their prompt and
+        what they kept of a response, with their places in it."""
+        found = [(i, self.requests.get(req_id)) for i, req_id in enumerate(req_ids)]
+        return [(i, r) for i, r in found if r and r.before == 0 and r.computed >= r.prompt_length]
 
     def _start(self, new: Any) -> None:
         known = self.requests.get(new.req_id)

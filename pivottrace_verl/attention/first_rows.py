@@ -1,8 +1,8 @@
 """What an engine's first requests must prove: their rows are right, and none is missing.
 
 The captured row was read from the KV cache, through block tables and at slots. Here the same row is
-computed, densely, from the queries and keys that the layer was called with; where a whole prompt
-was computed in one step the two must agree. A check that fails stops the engine.
+computed, densely and on the host, from the queries and keys that the layer was called with; where a
+whole prompt was computed in one step the two must agree. A check that fails stops the engine.
 """
 
 import torch
@@ -11,11 +11,14 @@ from pivottrace_verl.attention.config import CaptureConfig
 from pivottrace_verl.attention.reference import ScoreRule, dense_statistics
 from pivottrace_verl.pivots import FEATURES
 
+FIRST = 4
+"""Requests of an engine that are checked, and prompts of each traced layer."""
 LONGEST = 512
 """Tokens of a prompt that is checked, so that the check is not felt."""
 TOLERANCE = 0.01
 """Of a feature, distances in units of their window, log-sum-exp relative to its size; a row that
-was read at another place is off by far more."""
+was read at another place is off by far more. Keys and queries of 16 bits need no wider bound: both
+sides read the same numbers, whose products float32 holds exactly."""
 
 
 def dense_row(
@@ -36,6 +39,7 @@ def dense_row(
         rule: the layer's.
         sliding_window: keys the token sees, its own included; None: all.
     """
+    query, key = query.cpu(), key.cpu()
     length, kv_heads = key.shape[:2]
     keys = key.double().repeat_interleave(len(query) // kv_heads, dim=1)
     scores = torch.einsum("hd,shd->hs", query.double(), keys) * rule.scale
@@ -45,7 +49,7 @@ def dense_row(
         scores[:, : max(0, length - sliding_window)] = -torch.inf
     lse, learnt = scores.logsumexp(-1, keepdim=True), None
     if rule.sinks is not None:
-        sinks = rule.sinks.double()[:, None]
+        sinks = rule.sinks.cpu().double()[:, None]
         lse = torch.logaddexp(lse, sinks)
         learnt = (sinks - lse).exp()
     position = torch.tensor([length - 1])

@@ -9,6 +9,9 @@ made once, nothing waits for the device; so a launch can be captured into a CUDA
 on new contents of the same tensors. Rows that are padding, not asked for, or choose no token are
 left alone.
 
+A context is walked in 8 parts whatever the batch, so that the grid stays the same: one sequence of
+32k tokens fills 8 programs a KV head, which leaves most of a large GPU idle.
+
 Importing this module needs Triton; only `device_capture`, of engines on a GPU, imports it. Nothing
 here was run on a GPU yet: the tests run it in Triton's interpreter (TRITON_INTERPRET=1, set before
 Triton is first imported) and compile it for CUDA.

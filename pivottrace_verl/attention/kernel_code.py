@@ -155,9 +155,9 @@ def walk(
         key = tile * TILE + tl.arange(0, TILE)
         seen = (key >= first) & (key <= position)
         block = tl.load(table + request.to(tl.int64) * table_row + key // block_size, seen, other=0)
-        at = block.to(tl.int64) * keys_block + (key % block_size) * keys_token
+        at = block.to(tl.int64) * keys_block + (key % block_size).to(tl.int64) * keys_token
         k = tl.load(
-            keys + kv_head * keys_head + at[None, :] + size[:, None] * keys_size,
+            keys + kv_head.to(tl.int64) * keys_head + at[None, :] + size[:, None] * keys_size,
             mask=seen[None, :] & (size[:, None] < SIZE),
             other=0.0,
         )

@@ -45,6 +45,14 @@ class StridedKeys:
     def kv_heads(self) -> int:
         return int(self.view.shape[2])
 
+    def as_written(self, keys: torch.Tensor) -> torch.Tensor:
+        """Keys of any shape as they are read back once vLLM wrote them here: rounded."""
+        dtype = self.view.dtype
+        if self.scale is None:
+            return keys.to(dtype)
+        most = torch.finfo(dtype).max  # vLLM's kernels saturate
+        return (keys.float() / self.scale).clamp(-most, most).to(dtype).float() * self.scale
+
     def take(self, blocks: torch.Tensor) -> torch.Tensor:
         """Keys of blocks [N, B] as float32 [N, B, H_kv, D, block_size]."""
         keys = self.view[blocks].permute(0, 1, 3, 4, 2).float()

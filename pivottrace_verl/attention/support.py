@@ -50,18 +50,8 @@ def refuse(why: str) -> NoReturn:
     )
 
 
-def check_engine(vllm_config: Any, runner: Any) -> None:
-    """Refuse engines whose steps the hooks would misread."""
-    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
-
-    parallel = vllm_config.parallel_config
-    if not isinstance(runner, GPUModelRunner):
-        refuse(
-            f"this engine uses the model runner {type(runner).__module__}.{type(runner).__name__} "
-            f"and only vLLM's V1 runner is supported (VLLM_USE_V2_MODEL_RUNNER=0)"
-        )
-    if runner.device.type != "cpu":
-        refuse(f"this engine runs on {runner.device.type} and only vLLM's CPU backend is supported")
+def check_workers(parallel: Any) -> None:
+    """Refuse engines whose workers cannot all be heard, or share a request's keys."""
     for name, value in (
         ("decode context parallelism", parallel.decode_context_parallel_size),
         ("prefill context parallelism", parallel.prefill_context_parallel_size),
@@ -78,6 +68,21 @@ def check_engine(vllm_config: Any, runner: Any) -> None:
             "the workers of this engine were launched one by one (external_launcher), each with a "
             "receiver of its own, which is not supported"
         )
+
+
+def check_engine(vllm_config: Any, runner: Any) -> None:
+    """Refuse engines whose steps the hooks would misread."""
+    from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+    parallel = vllm_config.parallel_config
+    if not isinstance(runner, GPUModelRunner):
+        refuse(
+            f"this engine uses the model runner {type(runner).__module__}.{type(runner).__name__} "
+            f"and only vLLM's V1 runner is supported (VLLM_USE_V2_MODEL_RUNNER=0)"
+        )
+    if runner.device.type != "cpu":
+        refuse(f"this engine runs on {runner.device.type} and only vLLM's CPU backend is supported")
+    check_workers(parallel)
     speculative = vllm_config.speculative_config
     if speculative is not None and speculative.method != "ngram":
         refuse(
@@ -227,6 +232,8 @@ def cpu_problem(kv_cache_config: Any) -> Callable[[str, Any, int], str | None]:
             return f"has a quantised KV cache ({impl.kv_cache_dtype}), which cannot be read"
         if impl.alibi_slopes is not None:
             return "uses ALiBi, which is not supported"
+        if chunked(module):
+            return CHUNKED
         if impl.sinks is not None:
             return "has learnt attention sinks, which are not supported yet"
         if isinstance(kv_cache_config.kv_cache_groups[group].kv_cache_spec, SlidingWindowSpec):
@@ -238,6 +245,15 @@ def cpu_problem(kv_cache_config: Any) -> Callable[[str, Any, int], str | None]:
         return None
 
     return problem
+
+
+CHUNKED = "attends within chunks of its context (attention_chunk_size), which is not supported"
+
+
+def chunked(module: Any) -> bool:
+    """True for a layer of local attention in chunks, as Llama 4 has them; where its cache keeps
+    every key (disable_hybrid_kv_cache_manager) nothing else tells it from a full one."""
+    return getattr(module, "attention_chunk_size", None) is not None
 
 
 def sliding_window(impl: Any) -> int | None:

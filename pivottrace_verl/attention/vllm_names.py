@@ -23,6 +23,9 @@ class Name:
     the class for `self.<name>`."""
     mentions: str = ""
     """What the source of a function must hold, as `ast.unparse` writes it."""
+    assigns: tuple[str, ...] = ()
+    """All statements of a function that give one variable a value, as `ast.unparse` writes them:
+    another way to that value is a change."""
     versions: str = ""
     """Versions of vLLM it is for, as a specifier (">=0.28"); empty: all from 0.24 on."""
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from pivottrace_verl.attention.selftest import GPU_HEAD_DIM, HALF_BOUND
 from pivottrace_verl.files import write_json_atomic
 
 HERE = Path(__file__).resolve().parent
@@ -34,8 +35,9 @@ MODES = ("off", "layers_2", "layers_4")
 SEQUENCES = (1, 64, 256)
 KERNEL_BOUND = 1e-4
 """Largest difference allowed between kernel and reference, distances in units of their window."""
-GRAPH_BOUND = 1e-4
-"""The same between an engine with full graphs and one without, which run the same kernels."""
+GRAPH_BOUND = HALF_BOUND
+"""The same between an engine with full graphs and one without: in bfloat16, and graphs pad their
+batches, so that the model's own numbers are rounded differently."""
 
 
 def gpu() -> str | None:
@@ -87,22 +89,23 @@ def equality(runners: list[str], quick: bool) -> dict[str, Any]:
 
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="pivottrace-gpu-") as scratch:
-        make_tiny_model(scratch)
+        make_tiny_model(scratch, head_dim=GPU_HEAD_DIM)
         for runner in runners:
             use = {"VLLM_USE_V2_MODEL_RUNNER": RUNNERS[runner]}
             n = "8" if quick else "48"
             runs = {
                 mode: child("engine.py", "traces", scratch, mode, n, f"{scratch}/{mode}", **use)
-                for mode in ("graphs", "eager", "off")
+                for mode in ("graphs", "no_graphs", "off")
             }
             found[runner] = {
                 "runner": runs["graphs"]["runner"],
                 "backend": runs["graphs"]["engine"]["backend"],
                 "rollouts": len(runs["graphs"]["tokens"]),
-                "missing": runs["graphs"]["missing"] + runs["eager"]["missing"],
+                "missing": runs["graphs"]["missing"] + runs["no_graphs"]["missing"],
                 "tokens_as_without_capture": runs["graphs"]["tokens"] == runs["off"]["tokens"],
-                "tokens_as_without_graphs": _same_tokens(runs["graphs"], runs["eager"]),
-                "max_abs_error": _largest_error(Path(scratch), runs["graphs"], runs["eager"]),
+                "tokens_as_without_graphs": _same_tokens(runs["graphs"], runs["no_graphs"]),
+                "max_abs_error": _largest_error(Path(scratch), runs["graphs"], runs["no_graphs"]),
+                "bound": GRAPH_BOUND,
             }
             found[runner]["ok"] = (
                 found[runner]["missing"] == 0
@@ -123,7 +126,7 @@ def _largest_error(scratch: Path, one: dict[str, Any], other: dict[str, Any]) ->
     from pivottrace_verl.attention.replay import compare
 
     worst = 0.0
-    with np.load(scratch / "graphs.npz") as first, np.load(scratch / "eager.npz") as second:
+    with np.load(scratch / "graphs.npz") as first, np.load(scratch / "no_graphs.npz") as second:
         for i, (a, b) in enumerate(zip(one["tokens"], other["tokens"], strict=True)):
             n = next((j for j in range(len(a)) if a[j] != b[j]), len(a) - 1) + 1
             if f"{i}:stats" not in first or f"{i}:stats" not in second:

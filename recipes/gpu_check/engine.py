@@ -1,11 +1,12 @@
 """One vLLM engine of `check.py`, in a process of its own; prints one line of JSON.
 
-    python recipes/gpu_check/engine.py traces MODEL graphs|eager|off TOKENS FILE
+    python recipes/gpu_check/engine.py traces MODEL graphs|no_graphs|off TOKENS FILE
     python recipes/gpu_check/engine.py decode MODEL off|layers_N SEQUENCES,SEQUENCES,...
 
 `traces` generates greedily, a batch that shrinks as its requests end, and keeps the traces in FILE;
-`graphs` is vLLM's FULL_AND_PIECEWISE, which is what verl asks for. `decode` measures generated
-tokens a second while all sequences decode. A folder without weights is filled with the
+`graphs` is vLLM's FULL_AND_PIECEWISE, which is what verl asks for; `no_graphs` is the same compiled
+model without graphs; `off` has graphs and no capture. `decode` measures generated tokens a second
+while all sequences decode. A folder without weights is filled with the
 configuration of Qwen2.5-7B, and weights are random.
 """
 
@@ -20,6 +21,7 @@ import numpy as np
 
 from pivottrace_verl.attention.channel import Receiver
 from pivottrace_verl.attention.config import CaptureConfig
+from pivottrace_verl.attention.selftest import tiny_engine
 
 QWEN_7B = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -40,19 +42,21 @@ QWEN_7B = {
 PROMPT, NEW = 2048, 256
 """Tokens of a prompt and generated, where decoding is measured."""
 ROUNDS = 3
+DECODE_UTILIZATION = 0.85
+"""vLLM's share of the device where decoding is measured: the store lies beside the KV cache."""
 
 
 def make_engine(model: str, mode: str, longest: int, sequences: int, **settings: Any) -> Any:
     from vllm import LLM
 
-    graphs: dict[str, Any] = {"compilation_config": {"cudagraph_mode": "FULL_AND_PIECEWISE"}}
+    graphs = "NONE" if mode == "no_graphs" else "FULL_AND_PIECEWISE"
     return LLM(
         model,
         skip_tokenizer_init=True,
         dtype="bfloat16",
         max_model_len=longest,
         max_num_seqs=sequences,
-        **({"enforce_eager": True} if mode == "eager" else graphs),
+        compilation_config={"cudagraph_mode": graphs},
         **settings,
     )
 
@@ -78,14 +82,19 @@ def traces(model: str, mode: str, n_tokens: int, file: Path) -> dict[str, Any]:
     with Receiver(CaptureConfig()) as receiver:
         if mode == "off":
             receiver.close()
-        llm = make_engine(model, mode, 512, 16)
+        llm = make_engine(model, mode, 512, 16, **tiny_engine(on_cpu=False))
         asked = [
             prompt
             for i, length in enumerate((1, 5, 40, 150, 300) * 3)
             for prompt in prompts(1, length, 384, i)
         ]
         params = [sampling(str(i), n_tokens + 2 * i) for i in range(len(asked))]
-        outputs = llm.generate(asked, params, use_tqdm=False)
+        # All requests are there before the first step: otherwise the batches, and with them the
+        # last bits of a number, would hang on the clock.
+        llm.sleep(level=0)
+        llm.enqueue(asked, params, use_tqdm=False)
+        llm.wake_up(tags=["scheduling"])
+        outputs = llm.wait_for_completion(use_tqdm=False)
         tokens = [list(output.outputs[0].token_ids) for output in outputs]
         found = {}
         for i, ids in enumerate(tokens if mode != "off" else []):
@@ -113,10 +122,8 @@ def decode(model: str, mode: str, sizes: list[int]) -> dict[str, Any]:
     with Receiver(CaptureConfig(layers=tuple(sorted(places)) or None)) as receiver:
         if mode == "off":
             receiver.close()
-        # Room for the store beside the cache.
-        llm = make_engine(
-            model, mode, PROMPT + NEW, max(sizes), gpu_memory_utilization=0.85, **random
-        )
+        settings = {"gpu_memory_utilization": DECODE_UTILIZATION, **random}
+        llm = make_engine(model, mode, PROMPT + NEW, max(sizes), **settings)
         found: dict[str, list[float]] = {}
         missing = 0
         for n in sizes:
@@ -158,7 +165,7 @@ def main() -> None:
     )
     parser.add_argument("what", choices=("traces", "decode"))
     parser.add_argument("model")
-    parser.add_argument("mode", help="graphs, eager or off; off or layers_N")
+    parser.add_argument("mode", help="graphs, no_graphs or off; off or layers_N")
     parser.add_argument("numbers", help="tokens; numbers of sequences")
     parser.add_argument("file", type=Path, nargs="?")
     asked = parser.parse_args()

@@ -119,7 +119,11 @@ def tokens_case(dtype: str, n_words: int, device: str) -> float:
 
 def main(device: str, quick: bool) -> dict[str, Any]:
     lengths = LENGTHS[1:3] if quick else LENGTHS
-    dtypes = [dtype for dtype in DTYPES if not (quick and dtype == "float16")]
+    left_out = ["float16"] if quick else []
+    # As `device_layers.device_reads_fp8`, whose layers are refused there.
+    if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+        left_out.append("float8_e4m3fn")
+    dtypes = [dtype for dtype in DTYPES if dtype not in left_out]
     shapes = {"smollm2": SHAPES["smollm2"]} if quick else SHAPES
     found = {
         f"{name} {dtype} {'0.28' if joined else '0.24'} window {window}": case(
@@ -134,7 +138,8 @@ def main(device: str, quick: bool) -> dict[str, Any]:
         f"logits {dtype} {n}": tokens_case(dtype, n, device)
         for dtype, n in itertools.product(("float32", "bfloat16"), words)
     }
-    return {"bound": BOUND, "max_abs_error": found, "ok": max(found.values()) <= BOUND}
+    told = {"bound": BOUND, "left_out": left_out, "max_abs_error": found}
+    return told | {"ok": max(found.values()) <= BOUND}
 
 
 if __name__ == "__main__":

@@ -142,6 +142,7 @@ def main(scratch):
             facts["hello"] = receiver.wait_ready(1.0)
             facts["capture"] = type(scenarios.capture).__name__
             scenarios.run()
+            facts["unchecked"] = scenarios.capture._unchecked
             facts["counters"], facts["held"] = receiver.counters, list(receiver._held)
             close(scenarios)
         runs[name] = {"requests": scenarios.requests, "facts": facts}

@@ -24,6 +24,8 @@ POINTERS = {
 }
 CASES = {  # compute capability, keys
     "ampere": (80, "*bf16"),
+    "ada_fp8": (89, "*fp8e4nv"),
+    "hopper": (90, "*bf16"),
     "hopper_fp8": (90, "*fp8e4nv"),
 }
 
@@ -60,25 +62,23 @@ def main():
             "SIZE": 128,
             "SIZE_PADDED": 128,
             "TILE": 64,
-            "CAPPED": True,
             "SCALED_KEYS": keys == "*fp8e4nv",
             "SCALED_QUERY": keys == "*fp8e4nv",
             "WIDE": False,
             "query_size": 1,
             "keys_size": 1,
         }
-        merge = {"HEADS": 28, "HEADS_PADDED": 32, "LEARNT_SINKS": True, "TELLS": True}
-        print(
-            name,
-            "walk",
-            usage(compiled(kernel_code.walk, capability, walk | shared, keys=keys, query=keys)),
-        )
+        for capped in (False, True):
+            constants = walk | shared | {"CAPPED": capped}
+            code = compiled(kernel_code.walk, capability, constants, keys=keys, query=keys)
+            print(name, "walk capped" if capped else "walk", usage(code))
         tokens = {"slots": "*i32", "owners": "*i32", "tokens": "*fp32", "owner": "*i32"}
         code = compiled(
             kernel_tokens.choices, capability, {"TILE": 4096, "logits_word": 1},
             logits="*bf16", **tokens,
         )  # fmt: skip
         print(name, "choices", usage(code))
+        merge = {"HEADS": 28, "HEADS_PADDED": 32, "LEARNT_SINKS": True, "TELLS": True}
         print(name, "merge", usage(compiled(kernel_code.merge, capability, merge | shared)))
 
 

@@ -45,6 +45,10 @@ def test_the_engines_captured_by_torch_and_by_the_kernels(runs):
     assert hello["key_layout"] == "columns"
 
 
+def test_the_first_prompts_were_checked_against_what_their_layers_were_called_with(runs):
+    assert runs.kernel["facts"]["unchecked"] == [0, 0]
+
+
 @pytest.mark.parametrize("scenario", SCENARIOS)
 def test_every_token_has_its_row_and_it_is_what_torch_captures(runs, scenario):
     worst = {}

@@ -59,6 +59,19 @@ def test_what_was_read_stays_as_it_was_when_the_slots_are_written_again():
     assert bool((tokens == 2).all())
 
 
+@pytest.mark.parametrize("n_rows", [1, 3, 4, 40, 41])
+def test_rows_that_leave_through_many_rooms_are_those_that_were_asked_for(n_rows, monkeypatch):
+    monkeypatch.setattr("pivottrace_verl.attention.device_store.STAGE_ROWS", 3)
+    store = DeviceStore(50, 2, 1, 3, "cpu")
+    for values in (store.stats, store.tokens, store.owner):
+        values.copy_(torch.arange(values.numel()).view(values.shape))
+    slots = np.random.default_rng(0).permutation(50)[:n_rows]
+    stats, tokens, missing = store.read(slots, owner=int(slots[0])).wait()
+    assert np.array_equal(stats, store.stats.numpy()[slots])
+    assert np.array_equal(tokens, store.tokens.numpy()[slots])
+    assert missing == n_rows - 1
+
+
 class Engine:
     """A scheduler's and a device's side of the story, just enough of it.
 

@@ -32,8 +32,13 @@ def make_engine(**changes):
             "pipeline_parallel_size",
             "decode_context_parallel_size",
             "prefill_context_parallel_size",
+            "nnodes",
+            "world_size",
         )
     }
+    parallel["distributed_executor_backend"] = changes.pop("executor", "mp")
+    if "enable_batch_sharded_sampling" in changes:  # from vLLM 0.29 on
+        parallel["enable_batch_sharded_sampling"] = changes.pop("enable_batch_sharded_sampling")
     parallel["use_ubatching"] = changes.pop("use_ubatching", False)
     cache = {"kv_sharing_fast_prefill": changes.pop("kv_sharing_fast_prefill", False)}
     if "calculate_kv_scales" in changes:
@@ -61,6 +66,9 @@ def test_both_of_vllms_runners_are_served(runner):
         ({"pipeline_parallel_size": 2}, "pipeline parallelism"),
         ({"decode_context_parallel_size": 2}, "decode context parallelism"),
         ({"prefill_context_parallel_size": 2}, "prefill context parallelism"),
+        ({"nnodes": 2}, "spans 2 machines"),
+        ({"world_size": 2, "executor": "external_launcher"}, "launched one by one"),
+        ({"enable_batch_sharded_sampling": True}, "enable_batch_sharded_sampling"),
         ({"use_ubatching": True}, "DBO"),
         ({"speculative_config": object()}, "decodes speculatively"),
         ({"runner_type": "pooling"}, "'pooling'"),
@@ -72,6 +80,11 @@ def test_engines_that_are_not_served_are_refused_with_their_reason(changes, says
     with pytest.raises(RuntimeError, match=says) as refused:
         check_device_engine(*make_engine(**changes))
     assert "PIVOTTRACE_DISABLE=1" in str(refused.value)
+
+
+@pytest.mark.parametrize("sharded", [None, False])
+def test_an_engine_whose_ranks_all_see_the_logits_is_served(sharded):
+    check_device_engine(*make_engine(world_size=2, enable_batch_sharded_sampling=sharded))
 
 
 def test_an_engine_without_triton_is_refused(monkeypatch):
@@ -134,6 +147,7 @@ def find(layers, config, spec=None):
         ({"kv_cache_dtype": "fp8", "backend": "CPU_ATTN"}, "quantised KV cache"),
         ({"alibi_slopes": torch.ones(4)}, "ALiBi"),
         ({"attn_type": "encoder_only"}, "type encoder_only"),
+        ({"attention_chunk_size": 8192}, "within chunks"),
         ({"kv_sharing_target_layer_name": "model.layers.9"}, "those of model.layers.9"),
     ],
 )
@@ -154,11 +168,32 @@ def test_a_layer_that_cannot_be_read_is_refused_if_named_and_passed_over_if_not(
         {"sinks": torch.ones(4)},
     ],
 )
-def test_what_the_kernel_reads_is_served(changes):
+def test_what_the_kernel_reads_is_served(changes, monkeypatch):
+    monkeypatch.setattr(device_layers, "device_reads_fp8", lambda: True)
     assert find([make_layer(0, **changes)], CaptureConfig()) == [0]
 
 
+@pytest.mark.parametrize("cache_dtype", ["fp8", "fp8_e4m3", "fp8_e5m2"])
+def test_fp8_keys_are_refused_where_triton_does_not_convert_them(cache_dtype, monkeypatch):
+    from vllm.platforms import current_platform
+
+    monkeypatch.setattr(device_layers, "platform_fp8", lambda: torch.float8_e4m3fn)
+    layers = [make_layer(0, kv_cache_dtype=cache_dtype)]
+    for capability, is_served in ((80, False), (86, False), (89, True), (90, True)):
+        monkeypatch.setattr(
+            current_platform,
+            "has_device_capability",
+            lambda least, there=capability: there >= least,
+        )
+        if is_served:
+            assert find(layers, CaptureConfig()) == [0]
+        else:
+            with pytest.raises(RuntimeError, match=r"FP8 KV cache .*capability 8\.9"):
+                find(layers, CaptureConfig())
+
+
 def test_fp8_of_another_platform_is_refused(monkeypatch):
+    monkeypatch.setattr(device_layers, "device_reads_fp8", lambda: True)
     monkeypatch.setattr(device_layers, "platform_fp8", lambda: torch.float8_e4m3fnuz)
     layers = [make_layer(0, kv_cache_dtype="fp8")]
     with pytest.raises(RuntimeError, match="float8_e4m3fnuz"):
@@ -185,13 +220,36 @@ def test_the_kernel_serves_engines_on_a_gpu_and_torch_those_on_a_cpu():
     assert not vllm_hooks.uses_kernel(SimpleNamespace(device=torch.device("cpu")))
 
 
-def test_a_store_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
+GIB = 1 << 30
+
+
+def make_runner(monkeypatch, free, total=80, utilization=0.5, kv_bytes=None, device="cuda"):
+    """A runner on a device of which `free` of `total` GiB are free."""
     pytest.importorskip("triton")
+    monkeypatch.setattr(
+        torch.cuda, "mem_get_info", lambda device: (int(free * GIB), int(total * GIB))
+    )
+    cache = SimpleNamespace(gpu_memory_utilization=utilization, kv_cache_memory_bytes=kv_bytes)
+    return SimpleNamespace(device=torch.device(device), cache_config=cache)
+
+
+def test_a_store_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
+    runner = make_runner(monkeypatch, free=1)
     from pivottrace_verl.attention.device_capture import check_memory
 
-    gib = 1 << 30
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (gib, 80 * gib))
-    check_memory(torch.device("cuda"), gib // 4)
-    check_memory(torch.device("cpu"), 1 << 60)
-    with pytest.raises(RuntimeError, match=r"needs 2048 MiB.*1024 MiB are free.*by 0.02"):
-        check_memory(torch.device("cuda"), 2 * gib)
+    check_memory(runner, GIB // 4)
+    check_memory(make_runner(monkeypatch, free=1, device="cpu"), 1 << 60)
+    with pytest.raises(RuntimeError, match=r"needs 2048 MiB.*1024 MiB that are free.*by 0.02"):
+        check_memory(runner, 2 * GIB)
+
+
+def test_what_vllm_takes_after_the_store_is_left_to_it(monkeypatch):
+    # vLLM may use 72 of 80 GiB and took 68: activations and graphs come.
+    runner = make_runner(monkeypatch, free=12, utilization=0.9)
+    from pivottrace_verl.attention.device_capture import check_memory
+
+    check_memory(runner, 7 * GIB)
+    with pytest.raises(RuntimeError, match="keeps 4096 MiB for itself and 512 MiB must be left"):
+        check_memory(runner, 8 * GIB)
+    # Where the size of its cache was named it counts nothing.
+    check_memory(make_runner(monkeypatch, 12, utilization=0.9, kv_bytes=GIB), 11 * GIB)

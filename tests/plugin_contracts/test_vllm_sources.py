@@ -58,6 +58,8 @@ def test_a_name_that_moved_is_told_with_its_reason(source):
         (Name(f"{runner}.gone", "x", "", instance=True), "not set on instances"),
         (Name(f"{runner}.execute_model", "x", "", ("self", "other")), "not ('self', 'other')"),
         (Name(f"{runner}.execute_model", "x", "", mentions="1 / 0"), "does not say `1 / 0`"),
+        (Name(f"{runner}.execute_model", "x", "", assigns=("logits = 0",)), "not say `logits = 0`"),
+        (Name(f"{runner}.execute_model", "x", "", assigns=("logits = None",)), "not known: `log"),
         (Name("vllm.gone:Runner.step", "x", ""), "there is no class Runner"),
         (Name("vllm.v1.utils:gone", "x", ""), "does not exist any more"),
     ):

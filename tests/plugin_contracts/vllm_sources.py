@@ -53,6 +53,13 @@ class Source:
                 return f"{told} takes {found_names}, not {name.parameters}, as first parameters."
         if name.mentions and name.mentions not in ast.unparse(nodes[0]):
             return f"{told} does not say `{name.mentions}` any more."
+        if name.assigns:
+            variable = name.assigns[0].partition(" = ")[0]
+            found = _assigned(nodes[0], variable)
+            for gone in sorted(set(name.assigns) - found):
+                return f"{told} does not say `{gone}` any more."
+            for new in sorted(found - set(name.assigns)):
+                return f"{told} gives `{variable}` a value in a way that is not known: `{new}`."
         return None
 
     def _file(self, module: str) -> Path | None:
@@ -100,6 +107,18 @@ def _names_of(node: ast.stmt) -> set[str]:
         return {node.name}
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
     return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def _assigned(function: ast.stmt, variable: str) -> set[str]:
+    """The assignments to a local variable."""
+    return {
+        ast.unparse(node)
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign | ast.AnnAssign | ast.AugAssign | ast.NamedExpr)
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+        for name in ast.walk(target)
+        if isinstance(name, ast.Name) and name.id == variable and isinstance(name.ctx, ast.Store)
+    }
 
 
 def _sets_on_self(owner: ast.ClassDef, name: str) -> bool:
