@@ -27,7 +27,13 @@ import torch
 
 from pivottrace_verl.attention.config import TOKEN_STATISTICS
 from pivottrace_verl.attention.cpu_rows import LayerRows, StepRows, compiled_rows
-from pivottrace_verl.attention.first_rows import LONGEST, check_complete, check_row, dense_row
+from pivottrace_verl.attention.first_rows import (
+    FIRST,
+    LONGEST,
+    check_complete,
+    check_row,
+    dense_row,
+)
 from pivottrace_verl.attention.keys import PagedKeys
 from pivottrace_verl.attention.reference import (
     group_heads,
@@ -45,8 +51,6 @@ _NO_BATCH: tuple[list[str], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = (
     [],
     (torch.empty(0), torch.empty(0), torch.empty(0)),
 )
-_FIRST = 4
-"""Requests of an engine that are checked, by `first_rows`."""
 
 
 @dataclass
@@ -102,8 +106,8 @@ class Capture:
             self._send,
             scheduled_rows=not task.place.is_last_stage,
         )
-        self._unchecked = [_FIRST] * len(self.layers)
-        self._unsent = _FIRST
+        self._unchecked = [FIRST] * len(self.layers)
+        self._unsent = FIRST
         self._drafts: dict[str, list[int]] = {}
         self._expecting = False
         self._step: Step | None = None
