@@ -144,7 +144,8 @@ class DeviceCapture:
         if len(logits) != self.rows.n_requests:
             raise RuntimeError(
                 f"Attention capture saw logits of {len(logits)} tokens in a step of "
-                f"{self.rows.n_requests} requests, so it cannot tell whose they are; {WITHOUT_CAPTURE}."
+                f"{self.rows.n_requests} requests, so it cannot tell whose they are; "
+                f"{WITHOUT_CAPTURE}."
             )
         write_tokens(logits, self.rows.slots, self.rows.owners, self.store.tokens, self.store.owner)
 

@@ -1,21 +1,17 @@
 """The same statistics from a Hugging Face model: for engines capture cannot serve, and as oracle.
 
-The model reads prompt and output at once (teacher forcing); in a traced layer attention is the
-model file's own eager one, and the softmax rows are its. Row i is the query at position P-1+i, the
-one whose logits choose generated token i; the row of the last token itself is never computed while
-generating and is left out.
+The model reads prompt and output at once (teacher forcing), and the softmax rows are its own
+(`model_rows`). Row i is the query at position P-1+i, the one whose logits choose generated token i;
+the row of the last token itself is never computed while generating and is left out.
 
-Contract: rows are taken a few queries at a time, so that what is held grows with a rollout's length
-and not with its square, but for the mask and the logits of one batch. A trace depends on its own
-rollout; how rollouts are batched shows in the last bits at most.
-Axes: P prompt tokens, T generated tokens, L traced layers, H heads or head groups, N rows, S keys.
+Contract: a trace depends on its own rollout; how rollouts are batched shows in the last bits at
+most, and the same rollouts are batched the same way.
+Axes: P prompt tokens, T generated tokens, L traced layers, H head groups, F features.
 """
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +21,16 @@ import torch
 from pivottrace_verl.attention.channel import Trace
 from pivottrace_verl.attention.config import TOKEN_STATISTICS, CaptureConfig
 from pivottrace_verl.attention.heads import HeadConfig
+from pivottrace_verl.attention.model_rows import ELEMENTS, Ids, Rows, attention_of, spans_of
 from pivottrace_verl.attention.reference import TINY, dense_statistics, group_heads
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.hidden_states import batches, padded
 from pivottrace_verl.pivots import FEATURES
 
-INTERFACE = "pivottrace_replay"
-ELEMENTS = 1 << 24
-"""Attention probabilities, and log-probabilities of words, that are held at once."""
-
-Ids = Sequence[int]
-
 
 class Replayer:
-    """The model in a Hugging Face folder, replaying rollouts: on a GPU in the model's own precision,
-    and where torch has none on the CPU in float32, as the engine there.
+    """The model in a Hugging Face folder, replaying rollouts: on a GPU in the model's own
+    precision, and where torch has none on the CPU in float32, as the engine there.
 
     Raises PivotTraceError for layers or heads that the model does not have.
     """
@@ -123,7 +114,7 @@ def _replay_batch(
 
     ids = padded(rollouts).to(model.device)
     first = min(len(prompt) for prompt, _ in rollouts) - 1
-    with torch.no_grad(), _attention_of(model, layers, _spans(rollouts), take):
+    with torch.no_grad(), attention_of(model, layers, spans_of(rollouts), take):
         logits = model(ids, use_cache=False, logits_to_keep=ids.shape[1] - first).logits
     for i, (prompt, output) in enumerate(rollouts):
         stats = torch.stack([torch.cat(parts[i, layer]) for layer in layers], dim=1)
@@ -174,7 +165,7 @@ def head_distances(
             sums[1, i] += a[..., first:].sum((1, 2)).cpu()
             sums[2, i] += a[..., : config.sink].sum((1, 2)).cpu()
 
-        with torch.no_grad(), _attention_of(model, layers, _spans([rollout]), take):
+        with torch.no_grad(), attention_of(model, layers, spans_of([rollout]), take):
             base(padded([rollout]).to(model.device), use_cache=False)
         n_rows += len(rollout[1])
         progress(done)
@@ -194,125 +185,6 @@ def traced_layers(model: Any, config: CaptureConfig) -> tuple[int, ...]:
     if config.layers is not None or not far:
         far = list(range(model.config.get_text_config().num_hidden_layers))
     return config.choose_layers(far)
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Consecutive rows of one sequence in one layer."""
-
-    sequence: int
-    """Place in the batch."""
-    layer: int
-    positions: torch.Tensor
-    """[N]"""
-    probabilities: torch.Tensor
-    """[H, N, S] up to the last position or beyond."""
-    lse: torch.Tensor
-    """[H, N]"""
-    learnt: torch.Tensor | None
-    """[H, N] the probability of a learnt sink, where the model has one."""
-
-
-def _spans(rollouts: Sequence[tuple[Ids, Ids]]) -> list[range]:
-    """The positions that chose a token."""
-    return [range(len(p) - 1, len(p) - 1 + len(o)) for p, o in rollouts]
-
-
-@contextmanager
-def _attention_of(
-    model: Any, layers: Sequence[int], spans: Sequence[range], take: Callable[[Rows], None]
-) -> Iterator[None]:
-    """While open, a forward pass hands over the rows of `layers` at each sequence's span of
-    positions, a few at a time and in order.
-
-    Raises PivotTraceError at the end if a layer was not seen.
-    """
-    from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    seen = set()
-    sdpa = ALL_ATTENTION_FUNCTIONS["sdpa"]
-
-    def attention(
-        module: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        **kwargs: Any,
-    ) -> tuple[torch.Tensor, None]:
-        traced = module.layer_idx in layers
-        if not traced and model._supports_sdpa and kwargs.get("softcap") is None:
-            return sdpa(module, query, key, value, mask, **kwargs)
-        seen.add(module.layer_idx)
-        # The model file's own eager attention: its scaling, masks and caps, not ours. In float32,
-        # since it rounds its probabilities to the precision of the values.
-        eager = sys.modules[type(module).__module__].eager_attention_forward
-        q, k, v = query.float(), key.float(), value.float()
-        batch, n_heads, length = query.shape[:3]
-        step = max(1, ELEMENTS // (batch * n_heads * length))
-        outputs = []
-        for first in range(0, length, step):
-            end = min(first + step, length)
-            # Causal: no row sees a key beyond its own, so later ones can be left out.
-            seen_by = None if mask is None else mask[:, :, first:end, :end]
-            output, weights = eager(
-                module, q[:, :, first:end], k[:, :, :end], v[:, :, :end], seen_by, **kwargs
-            )
-            outputs.append(output.to(query.dtype))
-            for place, span in enumerate(spans if traced else ()):
-                low, high = max(first, span.start), min(end, span.stop)
-                if low < high:
-                    positions = torch.arange(low, high)
-                    scores = _scores(
-                        q[place, :, low:high], k[place, :, :end], positions, kwargs
-                    )
-                    lse, learnt = _with_sink(scores.logsumexp(-1), module)
-                    rows = weights[place, :, low - first : high - first]
-                    take(Rows(place, module.layer_idx, positions, rows, lse, learnt))
-        return torch.cat(outputs, dim=1), None
-
-    ALL_ATTENTION_FUNCTIONS.register(INTERFACE, attention)
-    ALL_MASK_ATTENTION_FUNCTIONS.register(INTERFACE, eager_mask)
-    before = model.config._attn_implementation
-    model.config._attn_implementation = INTERFACE
-    try:
-        yield
-    finally:
-        model.config._attn_implementation = before
-    missing = [layer for layer in layers if layer not in seen]
-    if missing:
-        raise PivotTraceError(
-            f"Layer {missing[0]} of {type(model).__name__} does not go through the model's "
-            f"attention interface, so it cannot be replayed."
-        )
-
-
-def _with_sink(lse: torch.Tensor, module: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """[H, N] log-sum-exp over the keys -> the same with the layer's learnt sink, if it has one, and
-    that sink's probability."""
-    if getattr(module, "sinks", None) is None:
-        return lse, None
-    sink = module.sinks.double()[:, None]
-    lse = torch.logaddexp(lse, sink)
-    return lse, (sink - lse).exp()
-
-
-def _scores(
-    query: torch.Tensor, key: torch.Tensor, positions: torch.Tensor, rule: dict[str, Any]
-) -> torch.Tensor:
-    """[H, N, S] from query [H, N, D] and key [H_kv, S, D] under a causal mask; `rule` is what the
-    model hands to its attention."""
-    k = key.double().repeat_interleave(query.shape[0] // key.shape[0], dim=0)
-    scores = torch.einsum("hnd,hsd->hns", query.double(), k) * rule["scaling"]
-    softcap, sliding_window = rule.get("softcap"), rule.get("sliding_window")
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    distance = positions.to(k.device)[:, None] - torch.arange(k.shape[1], device=k.device)
-    unseen = distance < 0
-    if sliding_window is not None:
-        unseen |= distance >= sliding_window
-    return scores.masked_fill(unseen, -torch.inf)
 
 
 def compare(trace: Trace, reference: Trace, config: CaptureConfig) -> dict[str, float]:

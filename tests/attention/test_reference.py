@@ -220,7 +220,7 @@ def test_compiled_rows_are_proved_before_they_are_used(monkeypatch):
     monkeypatch.setattr(
         cpu_kernel, "layer_rows", lambda *shape: lambda *arguments: arguments[-1].fill(1.0)
     )
-    with pytest.raises(RuntimeError, match=r"wrong rows at start .*pivottrace.capture.enable=false"):
+    with pytest.raises(RuntimeError, match=r"wrong rows at start .*capture.enable=false"):
         compiled_rows(caches, layers, config)
 
 
