@@ -93,6 +93,11 @@ def score(
         f"{sum(table['timed_out'].to_pylist())} timed out, "
         f"{sum(table['truncated'].to_pylist())} rollouts truncated."
     )
+    if capture == "off":
+        ui.say(
+            "Without traces no pivots: rank by what needs none, as in `pivottrace probe "
+            f"{run} --estimator consistency`."
+        )
     if traced < total and tau is not None:
         complain(
             f"{total - traced} rollouts have no attention trace, and no pivot statistic counts "
