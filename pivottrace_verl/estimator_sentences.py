@@ -91,10 +91,14 @@ def _not_scored(report: Mapping[str, Any]) -> list[str]:
     if not names:
         return []
     needs = ""
-    for some, option in ((NEED_TRACES, "--capture on"), (NEED_HIDDEN_STATES, "--hidden-states")):
+    traces = "`pivottrace score --capture on` or `--capture replay`"
+    for some, what in (
+        (NEED_TRACES, traces),
+        (NEED_HIDDEN_STATES, "`pivottrace score --hidden-states`"),
+    ):
         missing = [name for name in names if name in some]
         if missing:
-            needs += f"; {', '.join(missing)} would need `pivottrace score {option}`"
+            needs += f"; {', '.join(missing)} would need {what}"
     return [f"Not scored, so out of the running: {', '.join(names)}{needs}."]
 
 

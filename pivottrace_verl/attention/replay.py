@@ -32,7 +32,7 @@ class Replayer:
     """The model in a Hugging Face folder, replaying rollouts: on a GPU in the model's own
     precision, and where torch has none on the CPU in float32, as the engine there.
 
-    Raises PivotTraceError for layers or heads that the model does not have.
+    Raises PivotTraceError for layers or heads that the model does not have or does not show.
     """
 
     def __init__(self, folder: Path, config: CaptureConfig) -> None:
@@ -42,8 +42,8 @@ class Replayer:
         dtype = torch.float32 if self._device == "cpu" else "auto"
         self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
         self._config = config
-        for place, _ in enumerate(traced_layers(self._model, config)):
-            config.choose_heads(self._model.config.get_text_config().num_attention_heads, place)
+        # One token, so that what cannot be replayed is told before anything is generated.
+        replay(self._model, [0], [0], config)
 
     @contextmanager
     def on_device(self) -> Iterator[None]:
