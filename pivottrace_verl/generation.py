@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from pivottrace_verl.attention.config import WITHOUT_CAPTURE
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.plugin import disabled
 
@@ -131,7 +132,17 @@ class Engine:
             )
         elif self._shares_device:
             self._options["enable_sleep_mode"] = True
-        self._llm = LLM(model=self._model, **self._options)
+        try:
+            self._llm = LLM(model=self._model, **self._options)
+        except RuntimeError as error:
+            if self._receiver is None:
+                raise
+            self._receiver.close()
+            # What its processes refuse, they say in their own log.
+            raise PivotTraceError(
+                f"vLLM did not start with attention capture on, and its log above says why "
+                f"({error}); {WITHOUT_CAPTURE}."
+            ) from error
         if self._receiver is not None:
             # A plugin that did not load must be told now, not as one missing trace after another.
             self._receiver.wait_ready()

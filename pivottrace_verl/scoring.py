@@ -216,9 +216,9 @@ def _score_part(
         pairs = zip(requests, rollouts, strict=True)
         states = states_of([(q.prompt_ids, r.token_ids) for q, r in pairs])
     read = time.monotonic() - reading
-    thresholds: Thresholds | None = None
+    thresholds: Thresholds | None
     if config.capture == "off":
-        pass
+        thresholds = None
     elif number == 0:
         thresholds = _calibrated(rollouts[: config.calibration_rollouts], detector)
         run.update_manifest(**thresholds.to_manifest())

@@ -42,8 +42,8 @@ logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 1 << 30
 MAX_GIVEN_UP = 65536
-LOSSES = ("missing", "lost", "late", "dropped", "rejected")
-"""`Receiver.counters` but for what was received."""
+LOSSES = ("lost", "late", "dropped", "rejected")
+"""The counters of `Receiver` that say why a trace is missing."""
 MAX_IPC_PATH = 100
 """sockaddr_un holds 107 characters."""
 

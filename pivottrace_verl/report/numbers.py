@@ -246,7 +246,10 @@ def _missing(detector: DetectorConfig | None, *, refused: bool) -> dict[str, str
     done = "refuses this ranking" if refused else "is not done yet"
     examples = "No traces are kept in this run, so there is no rollout to show."
     if detector is None or detector.tau is None:
-        examples = "The detector is not calibrated yet, so there are no pivots to show."
+        examples = (
+            "The detector is not calibrated: the pool is not scored yet, or without traces, so "
+            "there are no pivots to show."
+        )
     return {
         "routes": f"Triage {done}, so no prompt has a route.",
         "estimators": "No probe has a label yet, so the scores cannot be compared.",
