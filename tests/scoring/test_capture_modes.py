@@ -97,8 +97,8 @@ def test_without_traces_what_needs_none_is_scored(work):
         assert row["answers"] == captured["answers"]
     manifest = RunDir.open(work / "off").manifest
     assert "detector" not in manifest and not (work / "off" / "traces").exists()
-    pivottrace("probe", work / "off", "--estimator", "consistency", "--n", 8)
-    said = pivottrace("probe", work / "off", "--n", 8, status=2)
+    pivottrace("probe", work / "off", "--estimator", "consistency", "--n", 4)
+    said = pivottrace("probe", work / "off", "--n", 4, status=2)
     assert "'pivot_density' is not scored" in said and "--capture replay" in said
     assert "pivot_density" in NEED_TRACES
     pivottrace("report", work / "off")
