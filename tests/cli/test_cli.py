@@ -210,6 +210,9 @@ def test_an_estimator_that_needs_traces_says_so_where_there_are_none(run: Path) 
         result = call("probe", run, "--estimator", name)
         assert result.exit_code == 2 and "--capture replay" in result.stderr
     assert call("probe", run, "--estimator", "consistency").exit_code == 0
+    result = call("report", run)
+    assert result.exit_code == 0, result.stderr
+    assert "without traces, so there are no pivots" in (run / "report.html").read_text()
 
 
 def test_traces_that_were_lost_are_told_by_what_became_of_them(
