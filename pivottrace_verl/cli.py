@@ -21,12 +21,11 @@ import typer
 from pivottrace_verl import ui
 from pivottrace_verl.cli_annotate import annotate_app
 from pivottrace_verl.cli_attention import calibrate
-from pivottrace_verl.cli_base import AsJson, RunPath, Seed, complain, opened, run_app, told
+from pivottrace_verl.cli_base import AsJson, RunPath, Seed, opened, run_app, told
 from pivottrace_verl.cli_estimators import estimators
+from pivottrace_verl.cli_score import score
 from pivottrace_verl.cli_triage import export, probe, triage
-from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.pool import RunDir
-from pivottrace_verl.score_columns import traced_rollouts
 
 app = typer.Typer(
     help="Label-efficient RLVR for verl: which unlabelled prompts deserve a label?",
@@ -67,100 +66,7 @@ def init(
     )
 
 
-@app.command()
-@told
-def score(
-    run: RunPath,
-    rollouts: Annotated[int, typer.Option(min=2, help="Rollouts a prompt.")] = 8,
-    max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 512,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest rollout, in tokens.")] = 1024,
-    temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
-    part_size: Annotated[int, typer.Option(min=1, help="Prompts a resumable part.")] = 64,
-    layers: Annotated[
-        str | None, typer.Option(help="Traced layers, such as 9,13; default: two in the middle.")
-    ] = None,
-    signal: Annotated[str, typer.Option(help="Row signal of the detector.")] = (
-        "response_long_mass"
-    ),
-    window: Annotated[int, typer.Option(min=1, help="W: long-range means this far back.")] = 32,
-    tau: Annotated[
-        float | None, typer.Option(help="Change that is a pivot; default: from the rollouts.")
-    ] = None,
-    hidden_states: Annotated[
-        bool,
-        typer.Option(
-            help="Also score what needs hidden states (coe, cot_kinetics), reading every "
-            "rollout once more in Hugging Face."
-        ),
-    ] = False,
-    seed: Seed = 0,
-) -> None:
-    """Roll out every prompt in vLLM with attention captured, and score its uncertainty."""
-    from pivottrace_verl.attention.config import CaptureConfig
-    from pivottrace_verl.attention.heads import FILE, frozen_choice
-    from pivottrace_verl.pivots import DetectorConfig
-    from pivottrace_verl.scoring import ScoreConfig
-    from pivottrace_verl.scoring import score as score_pool
-
-    config = ScoreConfig(
-        rollouts=rollouts,
-        temperature=temperature,
-        max_prompt_tokens=max_prompt_tokens,
-        max_tokens=max_tokens,
-        seed=seed,
-        part_size=part_size,
-        hidden_states=hidden_states,
-    )
-    named = _numbers("--layers", layers)
-    detector = DetectorConfig(signal=signal, window=window, tau=tau)
-    timings: dict[str, float] = {}
-    with ExitStack() as stack:
-        opened_run = opened(run, stack)
-        chosen = frozen_choice(opened_run)
-        if named is not None and chosen is not None:
-            raise PivotTraceError(
-                f"--layers names layers, but {run / FILE} holds those that were calibrated: leave "
-                "the option out, or remove the file."
-            )
-        capture = CaptureConfig(window=window, **(chosen or {"layers": named}))
-        with ui.timed(timings, "score"), ui.Bar("score") as bar:
-            score_pool(opened_run, config, capture, detector, bar.update)
-        opened_run.update_manifest(timings=timings)
-        table = opened_run.scores()
-        traced, total = traced_rollouts(table)
-        tau = opened_run.manifest["detector"]["tau"]
-    ui.say(
-        f"{table.num_rows} prompts scored; {traced} of {total} rollouts traced, "
-        f"tau {tau:.4f}, {sum(table['unparseable'].to_pylist())} answers unparseable, "
-        f"{sum(table['timed_out'].to_pylist())} timed out, "
-        f"{sum(table['truncated'].to_pylist())} rollouts truncated."
-    )
-    if traced < total:
-        complain(
-            f"{total - traced} rollouts have no attention trace: it was lost or late, and no pivot "
-            "statistic counts them.",
-            "warning",
-        )
-    if tau == 0.0:
-        complain(
-            f"tau is 0: attention on tokens {window} or more back hardly ever changes, so pivots "
-            "say nothing here; score into a new run directory with a smaller --window.",
-            "warning",
-        )
-
-
-def _numbers(option: str, text: str | None) -> tuple[int, ...] | None:
-    if text is None:
-        return None
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError as error:
-        raise PivotTraceError(
-            f"{option} must be whole numbers with commas, not {text!r}."
-        ) from error
-
-
-for verb in (probe, triage, export):
+for verb in (score, probe, triage, export):
     app.command()(verb)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 
 from pivottrace_verl.calibration import Floats, Outcome
 from pivottrace_verl.estimator_sentences import sentences
-from pivottrace_verl.estimators import NEED_HIDDEN_STATES
+from pivottrace_verl.estimators import NEED_HIDDEN_STATES, NEED_TRACES
 from pivottrace_verl.evidence import RANDOM, Evidence, gather, none_if_nan, strength
 from pivottrace_verl.fitted import FITTED, explain
 from pivottrace_verl.plan import AUTO, TriageConfig
@@ -96,7 +96,8 @@ def cost_per_prompt(manifest: Mapping[str, Any], names: Sequence[str]) -> dict[s
     """Seconds a prompt by estimator, from the manifest's timings; None where unknown.
 
     All share the rollouts and are computed while these are made, so they cost the same; those of
-    the hidden states need a second pass over the rollouts on top; random needs nothing.
+    the hidden states need a second pass over the rollouts on top, as do those of the traces where
+    these were replayed; random needs nothing.
     """
     n, timings = manifest.get("pool", {}).get("n_prompts"), manifest.get("timings", {})
     parts = [timings[name] for name in ("score_generating", "score_own") if name in timings]
@@ -104,7 +105,11 @@ def cost_per_prompt(manifest: Mapping[str, Any], names: Sequence[str]) -> dict[s
     again = timings.get("score_hidden_states") or None  # 0: there was no second pass.
     out: dict[str, float | None] = {}
     for name in names:
-        needed = [shared, again] if name in NEED_HIDDEN_STATES else [shared]
+        needed = [shared]
+        if name in NEED_HIDDEN_STATES:
+            needed.append(again)
+        if name in NEED_TRACES:
+            needed.append(timings.get("score_replay", 0.0))
         known_all = n and None not in needed
         out[name] = 0.0 if name == RANDOM else (sum(needed) / n if known_all else None)
     return out

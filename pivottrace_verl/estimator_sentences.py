@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pivottrace_verl.estimators import NEED_HIDDEN_STATES
+from pivottrace_verl.estimators import NEED_HIDDEN_STATES, NEED_TRACES
 from pivottrace_verl.plan import AUTO
 
 
@@ -90,8 +90,15 @@ def _not_scored(report: Mapping[str, Any]) -> list[str]:
     names = [row["estimator"] for row in report["estimators"] if not row["measured"]]
     if not names:
         return []
-    hidden = [name for name in names if name in NEED_HIDDEN_STATES]
-    needs = f"; {', '.join(hidden)} would need `pivottrace score --hidden-states`" if hidden else ""
+    needs = ""
+    traces = "`pivottrace score --capture on` or `--capture replay`"
+    for some, what in (
+        (NEED_TRACES, traces),
+        (NEED_HIDDEN_STATES, "`pivottrace score --hidden-states`"),
+    ):
+        missing = [name for name in names if name in some]
+        if missing:
+            needs += f"; {', '.join(missing)} would need {what}"
     return [f"Not scored, so out of the running: {', '.join(names)}{needs}."]
 
 

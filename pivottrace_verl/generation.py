@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
+from pivottrace_verl.attention.config import WITHOUT_CAPTURE
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.plugin import disabled
 
@@ -43,7 +45,7 @@ class Rollout:
     logprob_mean: float
     """Mean log-probability of the generated tokens, in nats."""
     trace: Trace | None
-    """None if capture was off or the trace did not arrive in time."""
+    """None if capture was off, or the trace was lost or did not arrive in time."""
 
 
 CPU_ENVIRONMENT = {
@@ -61,7 +63,9 @@ class Engine:
     """A vLLM engine, closed by the `with` statement.
 
     `max_tokens` bounds every rollout; the context is prompt plus that. On a CPU build the engine
-    runs in float32 and eagerly; elsewhere vLLM's defaults hold.
+    runs in float32 and eagerly; elsewhere vLLM's defaults hold. `trace_timeout` is the longest wait
+    for the traces of a call of `generate`, in seconds after its last rollout; `shares_device` says
+    that `resting` will be used.
     """
 
     def __init__(
@@ -73,14 +77,16 @@ class Engine:
         capture: CaptureConfig | None = None,
         max_num_seqs: int = 256,
         trace_timeout: float = 30.0,
+        shares_device: bool = False,
     ) -> None:
         if capture is not None and disabled():
             raise PivotTraceError(
-                "PIVOTTRACE_DISABLE=1 switches attention capture off, so nothing can be scored; "
-                "unset it to use this command."
+                "PIVOTTRACE_DISABLE=1 switches attention capture off: unset it, or score with "
+                "--capture replay or --capture off."
             )
         self._receiver: Any = None
         self._timeout = trace_timeout
+        self._shares_device = shares_device
         self._max_tokens = max_tokens
         self._model = str(model)
         self._options: dict[str, Any] = {
@@ -99,8 +105,9 @@ class Engine:
         if self._capture is not None:
             from pivottrace_verl.attention.channel import Receiver
 
-            # Before the engine: its processes inherit the endpoint from the environment.
-            self._receiver = Receiver(self._capture)
+            # Before the engine: its processes inherit the endpoint from the environment. No bound:
+            # every trace is asked for, so all that can wait is what a call of `generate` returns.
+            self._receiver = Receiver(self._capture, max_bytes=None)
             self._receiver.start()
         from vllm import LLM
         from vllm.platforms import current_platform
@@ -123,7 +130,19 @@ class Engine:
                 enable_chunked_prefill=False,
                 max_num_batched_tokens=max(8192, self._options["max_model_len"]),
             )
-        self._llm = LLM(model=self._model, **self._options)
+        elif self._shares_device:
+            self._options["enable_sleep_mode"] = True
+        try:
+            self._llm = LLM(model=self._model, **self._options)
+        except RuntimeError as error:
+            if self._receiver is None:
+                raise
+            self._receiver.close()
+            # What its processes refuse, they say in their own log.
+            raise PivotTraceError(
+                f"vLLM did not start with attention capture on, and its log above says why "
+                f"({error}); {WITHOUT_CAPTURE}."
+            ) from error
         if self._receiver is not None:
             # A plugin that did not load must be told now, not as one missing trace after another.
             self._receiver.wait_ready()
@@ -136,6 +155,24 @@ class Engine:
         if self._receiver is not None:
             self._receiver.close()
             self._receiver = None
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """Inside, a GPU's memory is free for others: vLLM keeps its weights in the machine's memory
+        meanwhile. Needs `shares_device`; on a CPU nothing happens."""
+        if "enable_sleep_mode" not in self._options:
+            yield
+            return
+        self._llm.sleep(level=1)
+        try:
+            yield
+        finally:
+            self._llm.wake_up()
+
+    @property
+    def trace_counts(self) -> dict[str, int]:
+        """`channel.Receiver.counters` since the engine started; empty without capture."""
+        return {} if self._receiver is None else dict(self._receiver.counters)
 
     @property
     def tokenizer(self) -> Any:
@@ -178,16 +215,19 @@ class Engine:
         self._llm.enqueue(prompts, params, use_tqdm=False)
         self._llm.wake_up(tags=["scheduling"])
         outputs = self._llm.wait_for_completion(use_tqdm=False)
-        self.seconds_generating += time.monotonic() - start
+        end = time.monotonic()
+        self.seconds_generating += end - start
         return [
-            self._rollout(output.outputs[0], key) for output, key in zip(outputs, keys, strict=True)
+            self._rollout(output.outputs[0], key, end + self._timeout)
+            for output, key in zip(outputs, keys, strict=True)
         ]
 
-    def _rollout(self, completion: Any, key: str) -> Rollout:
+    def _rollout(self, completion: Any, key: str, deadline: float) -> Rollout:
         ids = list(completion.token_ids)
         trace = None
         if self._receiver is not None:
-            trace = self._receiver.get(key, n_tokens=len(ids), timeout=self._timeout)
+            left = max(0.0, deadline - time.monotonic())
+            trace = self._receiver.get(key, n_tokens=len(ids), timeout=left)
         logprobs = [s[token].logprob for token, s in zip(ids, completion.logprobs, strict=True)]
         return Rollout(
             token_ids=ids,

@@ -38,24 +38,27 @@ class LayerStates:
         The last state is the one the final norm has passed, as Hugging Face returns it.
         """
         found: dict[int, np.ndarray] = {}
-        for batch in _batches([len(p) + len(o) - 1 for p, o in rollouts]):
-            ids = [[*rollouts[i][0], *rollouts[i][1][:-1]] for i in batch]
-            longest = max(map(len, ids))
-            # Padding comes last, where causal attention keeps it from what is read.
-            padded = torch.tensor([row + [0] * (longest - len(row)) for row in ids])
-            mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in ids])
+        for batch in batches([len(p) + len(o) - 1 for p, o in rollouts]):
+            ids = padded([rollouts[i] for i in batch])
             with torch.no_grad():
-                states = self._model(
-                    padded, attention_mask=mask, output_hidden_states=True, use_cache=False
-                ).hidden_states
+                states = self._model(ids, output_hidden_states=True, use_cache=False).hidden_states
             for row, i in enumerate(batch):
-                first, end = len(rollouts[i][0]) - 1, len(ids[row])
+                first = len(rollouts[i][0]) - 1
+                end = first + max(len(rollouts[i][1]), 1)
                 means = [layer[row, first:end].double().mean(0).float() for layer in states]
                 found[i] = torch.stack(means).numpy()
         return [found[i] for i in range(len(rollouts))]
 
 
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+def padded(rollouts: Sequence[tuple[Sequence[int], Sequence[int]]]) -> torch.Tensor:
+    """Of each (prompt ids, output ids) the P + T - 1 tokens whose logits are needed. Padding comes
+    last, where causal attention keeps it from what is read, so no mask has to."""
+    ids = [[*prompt, *output[:-1]] for prompt, output in rollouts]
+    longest = max(map(len, ids))
+    return torch.tensor([row + [0] * (longest - len(row)) for row in ids])
+
+
+def batches(lengths: Sequence[int]) -> Iterator[list[int]]:
     """Indices, longest first, in batches of at most TOKENS padded tokens (at least one rollout)."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     while order:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from pivottrace_verl.calibration import PREFIX, Floats, Outcome
 from pivottrace_verl.errors import PivotTraceError
-from pivottrace_verl.estimators import NEED_HIDDEN_STATES
+from pivottrace_verl.estimators import NEED_HIDDEN_STATES, NEED_TRACES
 
 FEATURES = "features/"
 """Columns of the scores that hold a feature of the attention begin so."""
@@ -81,8 +81,11 @@ def estimator_values(table: pa.Table, estimator: str) -> Floats:
 
 def hint(estimator: str) -> str:
     """What an estimator without any value needs, to end a sentence with."""
-    needs = estimator in NEED_HIDDEN_STATES
-    return ", since it needs the pool scored with --hidden-states" if needs else ""
+    if estimator in NEED_HIDDEN_STATES:
+        return ", since it needs the pool scored with --hidden-states"
+    if estimator in NEED_TRACES:
+        return ", since it needs the pool scored with --capture on or --capture replay"
+    return ""
 
 
 @dataclass(frozen=True)

@@ -38,11 +38,11 @@ def make_row(
     states: Sequence[np.ndarray | None],
     *,
     kind: AnswerKind,
-    thresholds: Thresholds,
+    thresholds: Thresholds | None,
     seed: int,
 ) -> dict[str, Any]:
     """Columns of `SCORE_SCHEMA` from G rollouts, their answers and their hidden states [L + 1, D],
-    or None."""
+    or None; `thresholds` is None where no rollout has a trace."""
     clusters = cluster(answers, kind)
     records = [
         _record(rollout, answer, layers, thresholds)
@@ -69,7 +69,7 @@ def make_row(
 
 
 def _record(
-    rollout: Rollout, answer: Answer, states: np.ndarray | None, thresholds: Thresholds
+    rollout: Rollout, answer: Answer, states: np.ndarray | None, thresholds: Thresholds | None
 ) -> RolloutRecord:
     trace = rollout.trace
     return RolloutRecord(
@@ -78,7 +78,7 @@ def _record(
         answer=_text(answer),
         truncated=rollout.truncated,
         trace=None
-        if trace is None
+        if trace is None or thresholds is None
         else read_trace(trace.stats, trace.token_entropy, trace.self_certainty, thresholds),
         layer_states=states,
     )

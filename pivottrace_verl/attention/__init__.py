@@ -4,9 +4,9 @@
 other end, `wire` the messages), `parts` traces of engines with several workers, `vllm_hooks` what
 is wrapped inside vLLM, `support` what is refused, `keys` how vLLM's cache is read, `store` where
 rows wait for their request to finish, `reference` the mathematics in torch, `first_rows` what an
-engine's first requests must prove, `replay` the same statistics from a Hugging Face model, `heads`
-which layers and heads are worth capturing, `selftest` the proof that capture and replay agree on
-this machine.
+engine's first requests must prove, `replay` the same statistics from a Hugging Face model (whose
+softmax rows `model_rows` takes), `heads` which layers and heads are worth capturing, `selftest` the
+proof that capture and replay agree on this machine.
 
 On a CPU `cpu_capture` follows an engine's steps, and `cpu_kernel` is the mathematics compiled
 (through `cpu_rows`). On a GPU `device_capture`'s hooks launch `kernel`, the same in Triton, into

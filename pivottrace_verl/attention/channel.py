@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 1 << 30
 MAX_GIVEN_UP = 65536
+LOSSES = ("lost", "late", "dropped", "rejected")
+"""The counters of `Receiver` that say why a trace is missing."""
 MAX_IPC_PATH = 100
 """sockaddr_un holds 107 characters."""
 
@@ -123,17 +125,20 @@ class Receiver:
     """Owner's end of the channel. Start it before the engine; one receiver per engine, whose data
     parallel replicas share it.
 
-    Traces that nobody has collected yet are held up to `max_bytes`; beyond that the oldest go and
-    are counted as dropped. A key is one request's: once its trace was given up, whatever arrives
-    under it is late, and never taken for that of another request.
+    Traces that nobody has collected yet are held up to `max_bytes` (None: without a bound, for an
+    owner that collects every one of its requests' traces); beyond that the oldest go, are counted
+    as dropped, and whoever asks for one gets None at once. A key is one request's: once its trace
+    was given up, whatever arrives under it is late, and never taken for that of another request.
     """
 
-    def __init__(self, config: CaptureConfig, max_bytes: int = 1 << 30) -> None:
+    def __init__(self, config: CaptureConfig, max_bytes: int | None = 1 << 30) -> None:
         self.config = config
         self.engine: dict[str, Any] | None = None
         """What the workers said when they started: backend, isa, layers, head_groups, ..."""
         self._max_bytes = max_bytes
         self._held_bytes = 0
+        self._full = False
+        """Whether a trace was dropped for lack of room, and that was told."""
         self._held: OrderedDict[str, _Pending] = OrderedDict()
         self._waiting: dict[str, Future[_Pending]] = {}
         self._given_up: OrderedDict[str, bool] = OrderedDict()
@@ -280,6 +285,8 @@ class Receiver:
                 partial = self._forget(key)
                 self._counts["missing"] += 1
                 self._mark_given_up(key, seen=partial is not None)
+        if future.cancelled():
+            return None  # given up or dropped before, and told then
         if pending is None:
             arrived = len(partial.parts) if partial else 0
             logger.warning(
@@ -364,9 +371,24 @@ class Receiver:
                 self._forget(key)
                 if future.set_running_or_notify_cancel():
                     future.set_result(pending)
-        while self._held_bytes > self._max_bytes:
-            self._forget(next(iter(self._held)))
-            self._counts["dropped"] += 1
+        while self._max_bytes is not None and self._held_bytes > self._max_bytes:
+            self._drop(next(iter(self._held)))
+
+    def _drop(self, key: str) -> None:
+        """There is no room for a trace: whoever waits for it, or will, need not."""
+        if not self._full:
+            self._full = True
+            logger.warning(
+                "More than %s bytes of attention traces wait to be collected: the oldest are "
+                "dropped from now on.",
+                self._max_bytes,
+            )
+        self._counts["dropped"] += 1
+        self._forget(key)
+        self._mark_given_up(key, seen=True)
+        waiting = self._waiting.pop(key, None)
+        if waiting is not None:
+            waiting.cancel()
 
     def _forget(self, key: str) -> _Pending | None:
         """Take a trace out of those held."""

@@ -25,6 +25,12 @@ ENV_TOKEN = "PIVOTTRACE_TOKEN"
 ENV_DISABLE = "PIVOTTRACE_DISABLE"
 """The kill switch: `1` makes every entry point return at once."""
 
+WITHOUT_CAPTURE = (
+    "without capture go `pivottrace score --capture replay` (or off) and training with "
+    "pivottrace.capture.enable=false"
+)
+"""What helps where an engine cannot capture; ends a sentence."""
+
 EXTRA_ARGS_NAME = "pivottrace"
 """The name under which a request opts in, in `SamplingParams.extra_args`."""
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pivottrace_verl.attention.config import TOKEN_STATISTICS
+from pivottrace_verl.attention.config import TOKEN_STATISTICS, WITHOUT_CAPTURE
 from pivottrace_verl.attention.cpu_rows import LayerRows, StepRows, compiled_rows
 from pivottrace_verl.attention.first_rows import (
     FIRST,
@@ -254,8 +254,7 @@ class Capture:
             done = 0 if step is None else step.layers_done
             raise RuntimeError(
                 f"Attention capture saw {done} of its {len(self.layers)} layers run in a step "
-                f"that chooses tokens, so rows would be missing; set PIVOTTRACE_DISABLE=1 to run "
-                f"without capture."
+                f"that chooses tokens, so rows would be missing; {WITHOUT_CAPTURE}."
             )
         if self._compiled is not None:
             tokens = self._compiled.token_statistics(logits, step.batch)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pivottrace_verl.attention.config import TOKEN_STATISTICS, CaptureConfig
+from pivottrace_verl.attention.config import TOKEN_STATISTICS, WITHOUT_CAPTURE, CaptureConfig
 from pivottrace_verl.attention.keys import PagedKeys
 from pivottrace_verl.attention.reference import (
     RowPlan,
@@ -116,8 +116,7 @@ class CompiledRows:
         if not error <= PROVED:
             raise RuntimeError(
                 f"Attention capture computed wrong rows at start (off by {error:.2g}): what numba "
-                f"compiled for this processor cannot be used; set PIVOTTRACE_DISABLE=1 to run "
-                f"without capture."
+                f"compiled for this processor cannot be used; {WITHOUT_CAPTURE}."
             )
 
     def rows(

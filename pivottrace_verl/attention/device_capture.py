@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from pivottrace_verl.attention.config import WITHOUT_CAPTURE
 from pivottrace_verl.attention.device_layers import (
     layer_keys,
     prove_layout,
@@ -196,8 +197,8 @@ class DeviceCapture:
         if len(logits) != self.rows.n_requests:
             raise RuntimeError(
                 f"Attention capture saw logits of {len(logits)} tokens in a step of "
-                f"{self.rows.n_requests} requests, so it cannot tell whose they are; set "
-                f"PIVOTTRACE_DISABLE=1 to run without capture."
+                f"{self.rows.n_requests} requests, so it cannot tell whose they are; "
+                f"{WITHOUT_CAPTURE}."
             )
         self._write_tokens(logits)
 
@@ -227,7 +228,7 @@ class DeviceCapture:
                 if self._expecting:
                     raise RuntimeError(
                         "Attention capture saw a step without logits, so rows would be missing; "
-                        "set PIVOTTRACE_DISABLE=1 to run without capture."
+                        f"{WITHOUT_CAPTURE}."
                     )
                 self.tracker.observe(scheduler_output)
             return execute_model(scheduler_output, *args, **kwargs)

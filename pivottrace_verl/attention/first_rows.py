@@ -7,7 +7,7 @@ whole prompt was computed in one step the two must agree. A check that fails sto
 
 import torch
 
-from pivottrace_verl.attention.config import CaptureConfig
+from pivottrace_verl.attention.config import WITHOUT_CAPTURE, CaptureConfig
 from pivottrace_verl.attention.reference import ScoreRule, dense_statistics
 from pivottrace_verl.pivots import FEATURES
 
@@ -73,8 +73,8 @@ def check_row(captured: torch.Tensor, expected: torch.Tensor, layer: int, window
         name = FEATURES[int(error.amax(0).argmax())]
         raise RuntimeError(
             f"What attention capture read in layer {layer} for a first prompt is not what the "
-            f"layer attended to ({name} is off by {worst:.2g}), so traces would be wrong; set "
-            f"PIVOTTRACE_DISABLE=1 to run without capture."
+            f"layer attended to ({name} is off by {worst:.2g}), so traces would be wrong; "
+            f"{WITHOUT_CAPTURE}."
         )
 
 
@@ -83,5 +83,5 @@ def check_complete(key: str, n_rows: int, missing_rows: int) -> None:
     if missing_rows:
         raise RuntimeError(
             f"Attention capture has {n_rows - missing_rows} rows for the {n_rows} tokens generated "
-            f"for the first request {key!r}; set PIVOTTRACE_DISABLE=1 to run without capture."
+            f"for the first request {key!r}; {WITHOUT_CAPTURE}."
         )

@@ -56,8 +56,8 @@ def dense_statistics(
         [N, H, F] float64.
     """
     a = probabilities.double()
-    t = positions.to(torch.long)[:, None]
-    s = torch.arange(a.shape[-1])[None, :]
+    t = positions.to(a.device, torch.long)[:, None]
+    s = torch.arange(a.shape[-1], device=a.device)[None, :]
     distance, seen = t - s, s <= t
     clipped = distance.clamp(0, config.window).double()
 

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from pivottrace_verl.attention.config import CaptureConfig
+from pivottrace_verl.attention.config import WITHOUT_CAPTURE, CaptureConfig
 from pivottrace_verl.attention.keys import find_layout
 from pivottrace_verl.attention.parts import Place
 from pivottrace_verl.attention.reference import ScoreRule
@@ -45,8 +45,7 @@ class TracedLayer:
 def refuse(why: str) -> NoReturn:
     """Stop the engine: capture was asked for and cannot be had."""
     raise RuntimeError(
-        f"Attention capture was asked for, but {why}; change that, or set PIVOTTRACE_DISABLE=1 to "
-        f"run without capture."
+        f"Attention capture was asked for, but {why}; change that; {WITHOUT_CAPTURE}."
     )
 
 

@@ -58,9 +58,16 @@ VARIANTS: dict[str, Mapping[str, Any]] = {module.NAME: module.DETECTOR for modul
 NEED_HIDDEN_STATES: tuple[str, ...] = tuple(module.NAME for module in _HIDDEN_STATES)
 """Estimators that are NaN everywhere unless the pool is scored with hidden states."""
 
+NEED_TRACES: tuple[str, ...] = tuple(
+    module.NAME
+    for module in (pivot_density, pivot_count, *_VARIANTS, entropy, entropy_forks, self_certainty)
+)
+"""Estimators that are NaN where no rollout was traced."""
+
 __all__ = [
     "ESTIMATORS",
     "NEED_HIDDEN_STATES",
+    "NEED_TRACES",
     "VARIANTS",
     "GroupRecord",
     "RolloutRecord",

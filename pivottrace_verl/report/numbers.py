@@ -193,9 +193,11 @@ def _examples(
 ) -> tuple[list[ExampleView], int]:
     """The examples, and the number of prompts whose traces were kept."""
     index = heatmap.trace_index(run.path / "traces")
+    if detector is None or detector.tau is None or not index:
+        return [], len(index)
     u = verdict.ranking(run, view)
     traced = {pt_id: u[pt_id] for pt_id in index if pt_id in u}
-    if detector is None or detector.tau is None or not traced:
+    if not traced:
         return [], len(index)
     prompts = {prompt.pt_id: prompt for prompt in run.pool()}
     rows = run.scores(rollouts=False).select(["pt_id", "majority", "n_rollouts"]).to_pylist()
@@ -246,7 +248,10 @@ def _missing(detector: DetectorConfig | None, *, refused: bool) -> dict[str, str
     done = "refuses this ranking" if refused else "is not done yet"
     examples = "No traces are kept in this run, so there is no rollout to show."
     if detector is None or detector.tau is None:
-        examples = "The detector is not calibrated yet, so there are no pivots to show."
+        examples = (
+            "The detector is not calibrated: the pool is not scored yet, or without traces, so "
+            "there are no pivots to show."
+        )
     return {
         "routes": f"Triage {done}, so no prompt has a route.",
         "estimators": "No probe has a label yet, so the scores cannot be compared.",

@@ -66,7 +66,8 @@ class TrainConfig:
 def overrides(run: RunDir, config: TrainConfig, attempt_file: Path) -> list[str]:
     """The Hydra overrides of this run's verl job."""
     score = run.manifest["settings"]["score"]
-    detector, capture = run.manifest["detector"], score["capture"]
+    detector, capture = run.manifest.get("detector", {}), score["capture"]
+    mode = score["score"].get("capture", "on")
     folder = run.path.resolve() / "train"
     items: dict[str, Any] = {
         "data.train_files": folder / "train.parquet",
@@ -109,6 +110,8 @@ def overrides(run: RunDir, config: TrainConfig, attempt_file: Path) -> list[str]
         "+ray_kwargs.ray_init.runtime_env.env_vars.VERL_FILE_LOGGER_PATH": attempt_file,
         **{f"pivottrace.detector.{name}": value for name, value in detector.items()},
         **{f"pivottrace.capture.{name}": value for name, value in capture.items()},
+        # What could not be captured while scoring cannot be while training.
+        "pivottrace.capture.enable": mode == "on",
     }
     return [f"{name}={_hydra(value)}" for name, value in items.items()]
 

@@ -61,7 +61,8 @@ def stock(config: DictConfig) -> DictConfig:
     if unlabeled:
         raise PivotTraceError(
             f"PIVOTTRACE_DISABLE=1 asks for stock verl, but {unlabeled} training prompts have no "
-            "label and stock verl cannot train on them."
+            "label and stock verl cannot train on them: unset it (pivottrace.capture.enable=false "
+            "trains without attention capture)."
         )
     with open_dict(config):
         config.actor_rollout_ref.rollout.agent.agent_loop_manager_class = None
@@ -81,6 +82,12 @@ def run(config: DictConfig) -> None:
         run_ppo(stock(config), task_runner_class=TaskRunnerV1)
         return
     check(config)
+    if not config.pivottrace.capture.enable:
+        print(
+            "pivottrace: attention is not captured (pivottrace.capture.enable=false): pivots and "
+            "entropy are not measured while training.",
+            flush=True,
+        )
     runner: Any = ray.remote(PivotTaskRunner)
     with claimed(config):
         run_ppo(config, task_runner_class=runner)

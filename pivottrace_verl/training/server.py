@@ -70,6 +70,10 @@ class PivotVLLMServer(vLLMHttpServer):
             output.extra_fields["pivottrace"] = part_of(trace, self._pt_detector)
         return output
 
+    async def pivottrace_trace_counts(self) -> dict[str, int]:
+        """`channel.Receiver.counters` of this engine's workers; empty without capture."""
+        return {} if self._pt_receiver is None else dict(self._pt_receiver.counters)
+
     async def pivottrace_watch(self, seconds: float) -> None:
         """Return after so many seconds; raise PivotTraceError at once when the engine is dead."""
         for _ in range(max(1, round(seconds))):

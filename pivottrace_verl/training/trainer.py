@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray
 import torch
 from omegaconf import OmegaConf
 from torchdata.stateful_dataloader import StatefulDataLoader
@@ -32,6 +33,7 @@ from verl.trainer.ppo.v1.trainer_separate_async import PPOTrainerSeparateAsync
 from verl.trainer.ppo.v1.trainer_sync import PPOTrainerSync
 from verl.utils.dataset.rl_dataset import collate_fn
 
+from pivottrace_verl.attention.channel import LOSSES
 from pivottrace_verl.curriculum import ROUTES, Items
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.training import queue
@@ -54,6 +56,7 @@ class PivotTrainerMixin(PPOTrainer):
         config = SteeringConfig.of(block, batch_size, n)
         self.steering = Steering(items, labelled, config, self._prompts)
         self._scaled: list[tuple[torch.Tensor, str | None]] = []
+        self._traces_lost: dict[str, int] = {}
         self._set_aside: list[tuple[str, dict[str, Any]]] = []
         self.train_dataloader = StatefulDataLoader(
             dataset=self.train_dataset,
@@ -168,8 +171,28 @@ class PivotTrainerMixin(PPOTrainer):
         # Of all the step's mini-batches, which separate_async trains one by one.
         metrics.update(advantage_scales(*zip(*self._scaled, strict=True)))
         self._scaled = []
+        if self.config.pivottrace.capture.enable:
+            metrics.update(self._trace_losses())
         tell(sentences)
         return batch
+
+    def _trace_losses(self) -> dict[str, float]:
+        """`pivottrace/capture/<what>`: what went wrong with traces on their way since the last
+        step; a rollout without one is `missed`, whatever the reason."""
+        counts = ray.get(
+            [
+                server.pivottrace_trace_counts.remote()
+                for manager in self._rollout_server_managers()
+                for replica in manager.get_replicas()
+                for server in replica.servers
+            ]
+        )
+        before = self._traces_lost
+        self._traces_lost = {name: sum(one[name] for one in counts) for name in LOSSES}
+        return {
+            f"pivottrace/capture/{name}": float(n - before.get(name, 0))
+            for name, n in self._traces_lost.items()
+        }
 
 
 class PivotTrainerSync(PivotTrainerMixin, PPOTrainerSync):

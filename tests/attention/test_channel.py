@@ -261,6 +261,55 @@ def test_traces_nobody_collects_are_capped_oldest_first_and_counted():
         sender.close()
 
 
+def test_a_dropped_trace_is_none_at_once_and_told_once(caplog):
+    stats, tokens = make_rows(10)
+    with Receiver(CaptureConfig(), max_bytes=stats.nbytes + tokens.nbytes) as receiver:
+        sender = make_sender()
+        for i in range(9):
+            sender.trace(f"k{i}", stats, tokens, 0)
+        wait_for(receiver, "received", 9)
+        start = time.monotonic()
+        assert [receiver.get(f"k{i}", timeout=30) for i in range(8)] == [None] * 8
+        assert time.monotonic() - start < 15
+        assert receiver.get("k8") is not None
+        assert receiver.counters["dropped"] == receiver.counters["missing"] == 8
+        assert [r.levelname for r in caplog.records].count("WARNING") == 1
+        assert not receiver._held and receiver._held_bytes == 0
+        sender.close()
+
+
+def test_who_waits_for_a_trace_that_is_dropped_waits_no_longer():
+    stats, tokens = make_rows(10)
+    with Receiver(CaptureConfig(), max_bytes=stats.nbytes + tokens.nbytes) as receiver:
+        first, second = make_workers()
+        first.trace("a", stats, tokens, 0)
+        timer = threading.Timer(0.2, first.trace, ("b", stats, tokens, 0))
+        timer.start()
+        start = time.monotonic()
+        assert receiver.get("a", timeout=30) is None
+        assert time.monotonic() - start < 15
+        assert receiver.counters["dropped"] == 1
+        second.trace("a", stats, tokens, 0)
+        second.trace("b", stats, tokens, 0)
+        assert receiver.get("b") is not None
+        assert "a" not in receiver._held
+        first.close()
+        second.close()
+
+
+def test_a_receiver_without_a_bound_drops_nothing(monkeypatch):
+    stats, tokens = make_rows(2000)
+    monkeypatch.setattr(Receiver.__init__, "__defaults__", (stats.nbytes,))
+    with Receiver(CaptureConfig(), max_bytes=None) as receiver:
+        sender = make_sender()
+        for i in range(20):
+            sender.trace(f"k{i}", stats, tokens, 0)
+        wait_for(receiver, "received", 20)
+        assert all(receiver.get(f"k{i}") is not None for i in range(20))
+        assert receiver.counters["dropped"] == 0
+        sender.close()
+
+
 def test_ten_thousand_traces_leave_no_entry_behind(receiver, sender):
     stats, tokens = make_rows(1)
     for start in range(0, 10_000, 500):

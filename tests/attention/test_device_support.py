@@ -79,7 +79,7 @@ def test_both_of_vllms_runners_are_served(runner):
 def test_engines_that_are_not_served_are_refused_with_their_reason(changes, says):
     with pytest.raises(RuntimeError, match=says) as refused:
         check_device_engine(*make_engine(**changes))
-    assert "PIVOTTRACE_DISABLE=1" in str(refused.value)
+    assert "pivottrace score --capture replay" in str(refused.value)
 
 
 @pytest.mark.parametrize("sharded", [None, False])

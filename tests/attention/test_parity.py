@@ -207,7 +207,7 @@ def test_a_multiprocess_engine_delivers_every_trace_as_its_request_ends(async_ru
 
 def test_a_quantised_cache_is_refused_with_a_sentence(runs):
     assert "quantised KV cache" in runs.refusals["quantised"]
-    assert "PIVOTTRACE_DISABLE=1" in runs.refusals["quantised"]
+    assert "--capture replay" in runs.refusals["quantised"]
 
 
 def test_replay_refuses_what_it_cannot_replay(runs):

@@ -201,7 +201,7 @@ def test_a_first_prompt_passes_with_its_own_row_and_fails_with_another(rule, sli
         if position == 69:
             check_row(captured, expected, 3, config.window)
         else:
-            with pytest.raises(RuntimeError, match=r"layer 3 .*PIVOTTRACE_DISABLE=1"):
+            with pytest.raises(RuntimeError, match=r"layer 3 .*pivottrace.capture.enable=false"):
                 check_row(captured, expected, 3, config.window)
 
 
@@ -220,7 +220,7 @@ def test_compiled_rows_are_proved_before_they_are_used(monkeypatch):
     monkeypatch.setattr(
         cpu_kernel, "layer_rows", lambda *shape: lambda *arguments: arguments[-1].fill(1.0)
     )
-    with pytest.raises(RuntimeError, match=r"wrong rows at start .*PIVOTTRACE_DISABLE=1"):
+    with pytest.raises(RuntimeError, match=r"wrong rows at start .*capture.enable=false"):
         compiled_rows(caches, layers, config)
 
 

@@ -9,11 +9,26 @@ from transformers import AutoModelForCausalLM, Gemma2Config, GptOssConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pivottrace_verl import hidden_states
+from pivottrace_verl.attention import model_rows
 from pivottrace_verl.attention.channel import Trace
 from pivottrace_verl.attention.config import CaptureConfig
 from pivottrace_verl.attention.keys import StridedKeys
-from pivottrace_verl.attention.reference import ScoreRule, plan_rows, row_statistics
-from pivottrace_verl.attention.replay import compare, full_attention_layers, replay
+from pivottrace_verl.attention.reference import (
+    ScoreRule,
+    dense_statistics,
+    group_heads,
+    plan_rows,
+    row_statistics,
+)
+from pivottrace_verl.attention.replay import (
+    Replayer,
+    compare,
+    full_attention_layers,
+    replay,
+    replay_all,
+)
+from pivottrace_verl.attention.selftest import make_tiny_model
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.pivots import FEATURES
 
@@ -111,3 +126,61 @@ def test_a_sliding_layer_is_replayed_if_it_is_named_and_sees_no_key_beyond_its_w
     assert beyond[:, 1].max() == 0
     with pytest.raises(PivotTraceError, match="layer 4"):
         replay(model, PROMPT, OUTPUT, CaptureConfig(layers=(4,)))
+
+
+ROLLOUTS = [(PROMPT, OUTPUT), ([5], [9]), ([*range(90, 97)], [*range(20, 70)]), (PROMPT, [4, 5])]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_batches_and_small_steps_change_nothing_but_the_last_bits(name, monkeypatch):
+    model, config = make_model(name), CaptureConfig(sink=1, window=8)
+    together = replay_all(model, ROLLOUTS, config)
+    monkeypatch.setattr(hidden_states, "TOKENS", 60)
+    # One or two rows of attention, one word's distribution.
+    monkeypatch.setattr(model_rows, "ELEMENTS", 512)
+    monkeypatch.setattr("pivottrace_verl.attention.replay.ELEMENTS", 200)
+    for rollout, trace in zip(ROLLOUTS, together, strict=True):
+        assert len(trace.stats) == len(trace.token_entropy) == len(rollout[1])
+        alone = replay(model, *rollout, config)
+        errors = compare(trace, alone, config)
+        assert max(errors.values()) < 5e-5, errors
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
+def test_a_replay_is_the_models_own_eager_attention(architecture, tmp_path):
+    """Layers that are not traced go another way than eager; here all of them are eager."""
+    make_tiny_model(tmp_path, architecture)
+    config = CaptureConfig()
+    replayer = Replayer(tmp_path, config)
+    with replayer.on_device():
+        (trace, nothing) = replayer([(PROMPT, OUTPUT), (PROMPT, [])])
+    assert nothing is None
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    with torch.no_grad():
+        out = model(torch.tensor([PROMPT + OUTPUT[:-1]]), output_attentions=True)
+    first = len(PROMPT) - 1
+    positions = torch.arange(first, first + len(OUTPUT))
+    layers = config.choose_layers(full_attention_layers(model))
+    for place, layer in enumerate(layers):
+        rows = out.attentions[layer][0, :, positions]
+        dense = dense_statistics(rows, torch.zeros(rows.shape[:2]), positions, len(PROMPT), config)
+        expected = group_heads(dense, config.choose_heads(len(rows)))
+        found = torch.from_numpy(trace.stats[:, place]).double()
+        lse = FEATURES.index("lse")  # which probabilities do not tell
+        found[..., lse], expected[..., lse] = 0, 0
+        assert float((found - expected).abs().max()) < 1e-4
+    log_p = out.logits[0, first:].double().log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    assert float((torch.from_numpy(trace.token_entropy) - entropy).abs().max()) < 1e-4
+
+
+def test_layers_and_heads_the_model_does_not_have_are_refused_before_anything_is_read(tmp_path):
+    make_tiny_model(tmp_path)
+    with pytest.raises(PivotTraceError, match="layer 9"):
+        Replayer(tmp_path, CaptureConfig(layers=(9,)))
+    with pytest.raises(PivotTraceError, match="head 7"):
+        Replayer(tmp_path, CaptureConfig(layers=(1,), heads=((7,),)))
+    with pytest.raises(PivotTraceError, match="at least one prompt token"):
+        replay_all(make_model("soft_cap"), [(PROMPT, OUTPUT), ([], [1])], CaptureConfig())

@@ -9,6 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from pivottrace_verl.cli import app
+from pivottrace_verl.estimators import NEED_TRACES
 from pivottrace_verl.pool import RunDir
 from tests.score_table import score_row
 
@@ -115,6 +116,7 @@ CASES: dict[str, Callable[[Path, Path], tuple[str | Path, ...]]] = {
     "queue of an unknown sort": lambda run, tmp: (
         "annotate", "export", run, tmp / "q.jsonl", "--what", "everything"),
     "queue of an unknown format": lambda run, tmp: ("annotate", "export", run, tmp / "q.docx"),
+    "capture of an unknown sort": lambda run, tmp: ("score", run, "--capture", "sometimes"),
     "layers that are no numbers": lambda run, tmp: ("score", run, "--layers", "two"),
     "evaluation without validation prompts": lambda run, tmp: ("evaluate", run, "before"),
     "training before triage": lambda run, tmp: ("train", run),
@@ -194,6 +196,41 @@ def test_scoring_under_the_kill_switch_is_refused(
     monkeypatch.setenv("PIVOTTRACE_DISABLE", "1")
     result = call("score", run)
     assert result.exit_code == 2 and "PIVOTTRACE_DISABLE=1" in result.stderr
+    assert "--capture replay" in result.stderr
+
+
+def test_an_estimator_that_needs_traces_says_so_where_there_are_none(run: Path) -> None:
+    made = RunDir.open(run)
+    unknown = {f"uncertainty/{name}": float("nan") for name in NEED_TRACES}
+    rows = [score_row(prompt.pt_id, estimate=i / N, **unknown)
+            for i, prompt in enumerate(made.pool())]  # fmt: skip
+    made.write_score_part(0, rows)
+    made.merge_scores()
+    for name in NEED_TRACES:
+        result = call("probe", run, "--estimator", name)
+        assert result.exit_code == 2 and "--capture replay" in result.stderr
+    assert call("probe", run, "--estimator", "consistency").exit_code == 0
+    result = call("report", run)
+    assert result.exit_code == 0, result.stderr
+    assert "without traces, so there are no pivots" in (run / "report.html").read_text()
+
+
+def test_traces_that_were_lost_are_told_by_what_became_of_them(
+    scored: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def score_pool(run: RunDir, *_: object) -> None:
+        part = run.scores().to_pylist()
+        part[0]["rollouts"] = [dict.fromkeys(("seed", "n_tokens", "pivots"), 1) | {"traced": False}]
+        run.write_score_part(0, part)
+        run.merge_scores()
+        run.update_manifest(detector={"tau": 0.5}, traces={"received": 9, "lost": 2, "late": 0})
+
+    monkeypatch.setattr("pivottrace_verl.scoring.score", score_pool)
+    result = call("score", scored)
+    assert result.exit_code == 0
+    assert "warning: 1 rollouts have no attention trace" in result.stderr
+    assert "2 were lost, 9 were received." in result.stderr
+    assert "warning" not in call("score", scored, "--capture", "off").stderr
 
 
 def test_a_full_disk_is_one_sentence(scored: Path, monkeypatch: pytest.MonkeyPatch) -> None:

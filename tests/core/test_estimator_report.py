@@ -102,6 +102,17 @@ def test_an_estimator_that_is_not_scored_stays_in_the_table_without_numbers(bed)
     assert report["recommended"]["estimator"] == "consistency"
 
 
+def test_what_is_not_scored_is_told_with_the_option_that_would(bed):
+    made = bed("consistency")
+    unknown = {"uncertainty/entropy": None, "uncertainty/nll": None}
+    rows = [{**row, **unknown} for row in made.scores.to_pylist()]
+    report = assess(rows, made.probes, TriageConfig(), draws=50)
+    (told,) = (line for line in report["sentences"] if line.startswith("Not scored"))
+    assert told.endswith(
+        "entropy, nll; entropy would need `pivottrace score --capture on` or `--capture replay`."
+    )
+
+
 def test_pivots_are_compared_on_the_probes_that_have_both_scores(bed):
     made = bed("consistency")
     known = np.arange(400) % 2 == 0
@@ -137,6 +148,10 @@ def test_costs_come_from_the_timings_and_a_second_pass_is_on_top():
     assert cost_per_prompt(manifest, names) == {"entropy": 0.42, "coe": None, "random": 0.0}
     manifest["timings"]["score_hidden_states"] = 20.0
     assert cost_per_prompt(manifest, names)["coe"] == pytest.approx(0.62)
+    manifest["timings"]["score_replay"] = 30.0
+    costs = cost_per_prompt(manifest, [*names, "consistency"])
+    assert costs["entropy"] == pytest.approx(0.72) and costs["consistency"] == pytest.approx(0.42)
+    assert costs["coe"] == pytest.approx(0.62)
     assert cost_per_prompt({}, names) == {"entropy": None, "coe": None, "random": 0.0}
 
 

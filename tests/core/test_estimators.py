@@ -12,6 +12,7 @@ from pivottrace_verl.answers import cluster
 from pivottrace_verl.estimators import (
     ESTIMATORS,
     NEED_HIDDEN_STATES,
+    NEED_TRACES,
     VARIANTS,
     GroupRecord,
     RolloutRecord,
@@ -19,10 +20,6 @@ from pivottrace_verl.estimators import (
 )
 from pivottrace_verl.estimators.coe import coe_c
 from pivottrace_verl.estimators.cot_kinetics import GAMMA, energy
-
-NEED_TRACE = (
-    "pivot_density", "pivot_count", *VARIANTS, "entropy", "entropy_forks", "self_certainty"
-)  # fmt: skip
 
 
 def make_trace(pivots=1, entropy=0.5, certainty=2.0, forks=1):
@@ -67,7 +64,7 @@ def test_scores_are_means_over_the_rollouts_that_were_captured(name, expected):
 
 def test_a_group_that_was_never_traced_is_unknown_not_certain():
     group = make_group(make_rollout(pivots=None))
-    assert all(math.isnan(ESTIMATORS[name](group)) for name in NEED_TRACE)
+    assert all(math.isnan(ESTIMATORS[name](group)) for name in NEED_TRACES)
     assert ESTIMATORS["consistency"](group) == 0.0
 
 

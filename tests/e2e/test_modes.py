@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from pivottrace_verl.attention.channel import LOSSES
 from pivottrace_verl.curriculum import ROUTES
 from tests.e2e import two_turns
 from tests.e2e.verl_job import Job, prepare
@@ -43,6 +44,7 @@ def trained(job: Job) -> list[dict[str, Any]]:
     steps = job.metrics()
     for step in steps:
         assert step["pivottrace/capture/traced"] == 32 and step["pivottrace/capture/missed"] == 0
+        assert not any(step[f"pivottrace/capture/{name}"] for name in LOSSES)
         assert step["pivottrace/rollouts/failed"] == 0
         routes = [name for name in ROUTES if f"pivottrace/{name}/prompts" in step]
         assert sum(step[f"pivottrace/{name}/prompts"] for name in routes) == 8

@@ -13,20 +13,34 @@ from tests.bench.models import write_model
 ROOT = Path(__file__).resolve().parents[2]
 # A prompt of two blocks and a token: kept from before, that token would be computed on its own.
 SCRIPT = """
-import json, sys
+import json, sys, time
 from pathlib import Path
 import numpy as np
+from pivottrace_verl.attention.channel import Receiver
 from pivottrace_verl.attention.config import CaptureConfig
 from pivottrace_verl.generation import Engine, Request
 
 request = Request([*range(100, 164), 9], seed=3)
 others = [Request([*range(100, 100 + n)], seed=n) for n in (40, 64, 70)]
+# Room for one trace, in a receiver that does not say how much it wants.
+Receiver.__init__.__defaults__ = (24 * 208,)
 with Engine(Path(sys.argv[1]), max_prompt_tokens=96, max_tokens=24, capture=CaptureConfig()) as e:
     runs = [e.generate([request])[0]]
     busy = e.generate(others)
     runs += [e.generate([request])[0], e.generate([request])[0]]
     seconds = e.seconds_generating
+    counts = dict(e.trace_counts)
+    # From here on no trace arrives.
+    e._receiver._deliver = lambda *arrived: None
+    e._timeout = 2.0
+    start = time.monotonic()
+    lost = e.generate(others * 4)
+    waited = time.monotonic() - start - (e.seconds_generating - seconds)
 print(json.dumps({
+    "counts": counts,
+    "traced": [rollout.trace is not None for rollout in busy],
+    "lost": [rollout.trace is None and len(rollout.token_ids) for rollout in lost],
+    "waited": waited,
     "tokens": [run.token_ids for run in runs],
     "same": [bool(np.array_equal(getattr(run.trace, name), getattr(runs[0].trace, name)))
              for run in runs[1:] for name in ("stats", "token_entropy", "self_certainty")],
@@ -36,11 +50,15 @@ print(json.dumps({
 """
 
 
-@pytest.mark.vllm
-def test_the_same_request_gives_the_same_bits_whatever_came_before(tmp_path):
-    write_model(tmp_path / "model")
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    model = tmp_path_factory.mktemp("generation") / "model"
+    write_model(model)
     child = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path / "model")],
+        [sys.executable, "-c", SCRIPT, str(model)],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -49,8 +67,23 @@ def test_the_same_request_gives_the_same_bits_whatever_came_before(tmp_path):
         check=False,
     )
     assert child.returncode == 0, child.stderr[-4000:]
-    found = json.loads(child.stdout.splitlines()[-1])
+    return json.loads(child.stdout.splitlines()[-1])
+
+
+def test_the_same_request_gives_the_same_bits_whatever_came_before(found):
     assert found["tokens"][0] == found["tokens"][1] == found["tokens"][2]
     assert found["same"] == [True] * 6
     assert len(found["order"]) == 3
     assert found["seconds"] > 0
+
+
+def test_no_trace_is_dropped_however_many_wait_to_be_collected(found):
+    assert found["traced"] == [True] * 3
+    assert found["counts"] == {
+        "received": 6, "missing": 0, "lost": 0, "late": 0, "dropped": 0, "rejected": 0
+    }  # fmt: skip
+
+
+def test_traces_that_do_not_come_cost_one_wait_a_call_not_one_each(found):
+    assert len(found["lost"]) == 12 and all(found["lost"])
+    assert 2.0 <= found["waited"] < 8.0

@@ -71,7 +71,7 @@ def test_batches_change_nothing_but_the_last_bits(folder, monkeypatch):
 def test_a_batch_holds_no_more_than_its_tokens_and_every_rollout_once(monkeypatch):
     monkeypatch.setattr(hidden_states, "TOKENS", 100)
     lengths = [10, 90, 30, 30, 30, 250, 5]
-    batches = list(hidden_states._batches(lengths))
+    batches = list(hidden_states.batches(lengths))
     assert sorted(i for batch in batches for i in batch) == list(range(7))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 100

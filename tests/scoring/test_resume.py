@@ -6,12 +6,6 @@ which the engine would keep between parts, and hidden states are read as well.
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 
@@ -20,11 +14,10 @@ from pivottrace_verl.pool import RunDir
 from pivottrace_verl.schemas import SCORE_SCHEMA
 from pivottrace_verl.scoring import TIMINGS
 from pivottrace_verl.traces import FEATURE_NAMES
-from tests.bench.models import write_model
+from tests.scoring.scored_run import init_runs, kill_after_first_part, pivottrace
 
 pytestmark = pytest.mark.vllm
 
-ROOT = Path(__file__).resolve().parents[2]
 PROMPTS, PARTS, ROLLOUTS = 15, 3, 4
 BEGINNING = " ".join(f"w{i}" for i in range(100, 240, 2))
 SCORE = (
@@ -33,38 +26,11 @@ SCORE = (
 )  # fmt: skip
 
 
-def start(*words):
-    command = [sys.executable, "-m", "pivottrace_verl.cli", *(str(word) for word in words)]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def pivottrace(*words):
-    child = start(*words)
-    said, _ = child.communicate(timeout=600)
-    assert child.returncode == 0, said[-4000:]
-    return said
-
-
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     folder = tmp_path_factory.mktemp("resume")
-    write_model(folder / "model")
-    rows = [
-        {"prompt": [{"role": "user", "content": f"{BEGINNING} {2 * i + 9} +"}], "data_source": "s"}
-        for i in range(PROMPTS)
-    ]
-    (folder / "pool.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name in ("whole", "killed"):
-        pivottrace("init", folder / name, "--pool", folder / "pool.jsonl", "--model",
-                   folder / "model")  # fmt: skip
+    prompts = [f"{BEGINNING} {2 * i + 9} +" for i in range(PROMPTS)]
+    init_runs(folder, ("whole", "killed"), prompts)
     pivottrace("score", folder / "whole", *SCORE)
     return folder
 
@@ -72,15 +38,7 @@ def work(tmp_path_factory):
 @pytest.fixture(scope="module")
 def resumed(work):
     """The other run: killed when its first part is there, then run again."""
-    child = start("score", work / "killed", *SCORE)
-    first = work / "killed" / "scores" / "part-00000.parquet"
-    end = time.monotonic() + 600
-    while not first.exists() and child.poll() is None and time.monotonic() < end:
-        time.sleep(0.005)
-    os.killpg(child.pid, signal.SIGKILL)
-    said, _ = child.communicate()
-    assert first.exists(), said[-4000:]
-    assert not (work / "killed" / "scores.parquet").exists(), "it was done before it was killed"
+    kill_after_first_part(work / "killed", *SCORE)
     assert len(RunDir.open(work / "killed").finished_parts()) < PARTS
     pivottrace("score", work / "killed", *SCORE)
     return work / "killed"
@@ -94,14 +52,16 @@ def test_a_killed_and_resumed_run_has_the_bytes_of_an_uninterrupted_one(work, re
         assert (whole / name).read_bytes() == (resumed / name).read_bytes(), name
 
 
-def test_the_manifests_are_the_same_but_for_the_timings(work, resumed):
+def test_the_manifests_are_the_same_but_for_the_timings_and_the_counts(work, resumed):
     manifests = [
         json.loads((run / "manifest.json").read_text()) for run in (work / "whole", resumed)
     ]
     for manifest in manifests:
         seconds = manifest.pop("timings")
         assert set(TIMINGS) < set(seconds)
-        assert all(seconds[name] > 0 for name in TIMINGS)
+        assert all(seconds[name] > 0 for name in TIMINGS if name != "score_replay")
+        # Like the timings, of the parts that were written before the process was killed.
+        assert not any(n for name, n in manifest.pop("traces").items() if name != "received")
     assert manifests[0] == manifests[1]
     assert {"detector", "variants", "forks"} <= set(manifests[0])
 

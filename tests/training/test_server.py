@@ -88,3 +88,11 @@ def test_a_request_that_ends_without_tokens_leaves_nothing_in_the_channel(
         assert not receiver._held and not receiver._waiting
         assert receiver.counters["missing"] == receiver.counters["late"] == 0
         sender.close()
+
+
+def test_what_was_lost_of_an_engines_traces_is_told(server):
+    with Receiver(CaptureConfig()) as receiver:
+        made = make_server(server, receiver)
+        assert receiver.get("never", timeout=0.01) is None
+        assert asyncio.run(made.pivottrace_trace_counts()) == {**receiver.counters, "missing": 1}
+    assert asyncio.run(make_server(server).pivottrace_trace_counts()) == {}

@@ -1,6 +1,7 @@
 """The curriculum in torchdata's loader, and what the trainer reads of verl's data set."""
 
 from itertools import islice
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -154,6 +155,29 @@ def test_every_trainer_of_verls_is_ours_first_and_then_its_own(mode: str) -> Non
     # Both have a say in when training begins, ours first: prompts are drawn there.
     order = ours.__mro__
     assert order.index(trainer.PivotTrainerMixin) < order.index(theirs)
+
+
+def test_lost_traces_are_counted_by_step_over_all_servers(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = [dict.fromkeys((*trainer.LOSSES, "received"), 0) for _ in range(3)]
+    servers = [
+        SimpleNamespace(pivottrace_trace_counts=SimpleNamespace(remote=lambda one=one: dict(one)))
+        for one in counts
+    ]
+    replicas = [SimpleNamespace(servers=servers[:2]), SimpleNamespace(servers=servers[2:])]
+    manager = SimpleNamespace(get_replicas=lambda: replicas)
+    monkeypatch.setattr(trainer.ray, "get", list)
+    made: Any = object.__new__(trainer.PivotTrainerSync)
+    made._traces_lost, made._rollout_server_managers = {}, lambda: [manager]
+    counts[0]["received"] = 9
+    counts[0]["late"], counts[2]["late"] = 2, 1
+    first = made._trace_losses()
+    assert first.pop("pivottrace/capture/late") == 3.0
+    assert set(first) == {f"pivottrace/capture/{n}" for n in trainer.LOSSES if n != "late"}
+    assert not any(first.values())
+    counts[1]["dropped"] = 4
+    second = made._trace_losses()
+    assert second["pivottrace/capture/dropped"] == 4.0
+    assert sum(second.values()) == 4.0
 
 
 def test_what_is_told_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
