@@ -196,7 +196,7 @@ class Worker(agent_loop.PivotAgentLoopWorker):
 
 @pytest.fixture(autouse=True)
 def without_verls_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of verl's worker: the agent loop gives what the test says, the store takes what it is given."""
+    """Instead of verl's: the agent loop gives what the test says, the store takes what it gets."""
 
     async def run(self: Worker, sampling_params: Any, trajectory: Any, **kwargs: Any) -> None:
         await self._run(kwargs["session_id"])

@@ -24,9 +24,7 @@ def test_groups_are_counted_as_mixed_all_right_and_all_wrong() -> None:
     assert metrics["pivottrace/annotate/all_wrong"] == 0.5
 
 
-def test_groups_are_counted_by_what_is_right_whatever_the_reward_and_without_what_timed_out() -> (
-    None
-):
+def test_groups_are_counted_by_what_is_right_and_without_what_timed_out() -> None:
     right = {"reward": 0.5, "right": 1.0}
     wrong = {"reward": -1.0, "right": 0.0}
     late = {"reward": 0.0, "timed_out": True, "weight": 0.0}
