@@ -1,7 +1,7 @@
 """The group hook: sessions of one prompt wait for each other and are judged once."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -9,12 +9,13 @@ import ray
 
 from pivottrace_verl.answers import get_answers
 from pivottrace_verl.errors import PivotTraceError
-from pivottrace_verl.pivots import DetectorConfig
 from pivottrace_verl.training.groups import VotePolicy
 
 agent_loop = pytest.importorskip(
     "pivottrace_verl.training.agent_loop", reason="verl is not installed"
 )
+
+from tests.group_hook import HookWorker, outputs_of  # noqa: E402
 
 EXACT = get_answers("exact")
 
@@ -143,71 +144,6 @@ def test_a_group_knows_how_many_sessions_failed() -> None:
     assert group.failed == 1 and group._complete.is_set()
 
 
-class Worker(agent_loop.PivotAgentLoopWorker):
-    """The hook alone, of a group of `size`: verl's own start, its engine, its reward workers and
-    its store left out. The reward function reads the first token of what it is given as the answer;
-    `says` makes of that what it returns, `adds` is what the reward manager adds to its score."""
-
-    def __init__(
-        self,
-        size: int,
-        says: Callable[[str], Any] = lambda answer: {"pred": answer, "score": 0.0},
-        adds: Callable[[Any], float] = lambda output: 0.0,
-        labeled: bool = False,
-        **policy: Any,
-    ) -> None:
-        self._kind, self._policy, self._says, self._adds = EXACT, VotePolicy(**policy), says, adds
-        self._waiting = VotePolicy(kind="verified_only")
-        self._logprobs, self._detector = True, DetectorConfig(tau=0.1)
-        self._info = {"pt_id": "p", "route": "self_train", "labeled": labeled}
-        self._capture, self._seed, self.tokenizer = True, None, Tokenizer()
-        self._refusal, self._refused = None, asyncio.Event()
-        self._groups = {"u": agent_loop.Group(size)}
-        self._rollouts: dict[Any, Any] = {}
-        self.outputs: dict[int, Any] = {}
-        self.aborted: set[int] = set()
-        self.published: list[Any] = []
-
-    async def _compute_score(self, outputs: list[Any], kwargs: dict[str, Any]) -> None:
-        if outputs[-1].reward_score is not None:
-            return
-        result = self._says(str(outputs[-1].response_ids[0]))
-        score = result["score"] if isinstance(result, dict) else result
-        # As verl's reward managers do.
-        info = dict(result) if isinstance(result, dict) else {"acc": score}
-        outputs[-1].reward_score = score + self._adds(outputs[-1])
-        outputs[-1].extra_fields["reward_extra_info"] = info
-
-    async def _run(self, number: int) -> None:
-        outputs = self.outputs[number]
-        if number in self.aborted:
-            self._rollouts["u", number].turn(2).aborted = True
-        kwargs = {"uid": "u", "session_id": number, "extra_info": self._info}
-        await self._agent_loop_postprocess(list(outputs), False, **kwargs)
-
-    async def session(self, number: int, *outputs: Any) -> float | None:
-        """The reward of a session; None where it has no trajectory."""
-        self.outputs[number] = outputs
-        kwargs = {"uid": "u", "session_id": number, "extra_info": self._info}
-        await self._run_agent_loop({}, {"validate": False, "step": 1}, agent_name="a", **kwargs)
-        published = any(outputs and out is outputs[-1] for out in self.published)
-        return float(outputs[-1].reward_score) if published else None
-
-
-@pytest.fixture(autouse=True)
-def without_verls_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Instead of verl's: the agent loop gives what the test says, the store takes what it gets."""
-
-    async def run(self: Worker, sampling_params: Any, trajectory: Any, **kwargs: Any) -> None:
-        await self._run(kwargs["session_id"])
-
-    async def publish(self: Worker, output: Any, validate: bool, **kwargs: Any) -> None:
-        self.published += output
-
-    monkeypatch.setattr(agent_loop._Worker, "_run_agent_loop", run)
-    monkeypatch.setattr(agent_loop._Worker, "_agent_loop_postprocess", publish)
-
-
 class Tokenizer:
     def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
         assert skip_special_tokens
@@ -220,17 +156,40 @@ def answers(first: int, mask: list[int] | None = None) -> Any:
     return output
 
 
-def together(worker: Worker, *outputs: Any) -> list[Any]:
-    """What becomes of each session, errors included."""
+def make(
+    *sessions: Any,
+    says: Callable[[str], Any] = lambda answer: {"pred": answer, "score": 0.0},
+    adds: Callable[[Any], float] = lambda output: 0.0,
+    aborted: Sequence[int] = (),
+    **settings: Any,
+) -> HookWorker:
+    """A worker whose sessions give these outputs. The reward function reads the first token of what
+    it is given as the answer; `says` makes of that what it returns, `adds` is what the reward
+    manager adds to its score."""
+    agent = outputs_of(sessions)
 
-    async def run() -> list[Any]:
-        return await asyncio.gather(
-            *(worker.session(i, *(o if isinstance(o, tuple) else (o,)))
-              for i, o in enumerate(outputs)),
-            return_exceptions=True,
-        )  # fmt: skip
+    def generate(rollout: Any, uid: str, session: int) -> list[Any]:
+        if session in aborted:
+            rollout.turn(2).aborted = True
+        return agent(rollout, uid, session)
 
-    return asyncio.run(asyncio.wait_for(run(), timeout=10))
+    def score(output: Any) -> tuple[float, dict[str, Any]]:
+        result = says(str(output.response_ids[0]))
+        # As verl's reward managers do.
+        info = dict(result) if isinstance(result, dict) else {"acc": result}
+        found = result["score"] if isinstance(result, dict) else result
+        return found + adds(output), info
+
+    return HookWorker(generate, score, tokenizer=Tokenizer(), **settings)
+
+
+def become(worker: HookWorker, size: int) -> list[Any]:
+    return asyncio.run(asyncio.wait_for(worker.prompt(size), timeout=10))
+
+
+def together(*sessions: Any, **settings: Any) -> list[Any]:
+    """What becomes of each session of a group: its reward, None without a trajectory, its error."""
+    return become(make(*sessions, **settings), len(sessions))
 
 
 def record(output: Any) -> dict[str, Any]:
@@ -238,37 +197,29 @@ def record(output: Any) -> dict[str, Any]:
 
 
 def test_a_rollout_that_was_aborted_or_is_empty_ends_without_vote_trajectory_or_error() -> None:
-    worker = Worker(6)
-    worker.aborted = {0}
     outputs = [answers(9), rollout([]), answers(9), answers(7), answers(7), ()]
     # With the aborted one 9 and 7 would tie. An error would cost the group in an async trainer.
-    assert together(worker, *outputs) == [None, None, 0.0, 1.0, 1.0, None]
+    assert together(*outputs, aborted=[0]) == [None, None, 0.0, 1.0, 1.0, None]
     assert record(outputs[4])["failed"] == 3
     assert "pivottrace" not in outputs[0].extra_fields
 
 
 def test_a_group_of_which_no_rollout_is_left_fails_with_the_last_of_them() -> None:
-    worker = Worker(3)
-    worker.aborted = {0, 2}
-    first, second, third = together(worker, answers(9), rollout([]), answers(7))
+    first, second, third = together(answers(9), rollout([]), answers(7), aborted=[0, 2])
     assert (first, second) == (None, None)
     assert isinstance(third, RuntimeError) and "Rollout 2 of prompt p failed: the eng" in str(third)
-    assert worker.published == []
 
 
 def test_a_group_of_which_one_rollout_is_left_has_no_vote_and_teaches_nothing() -> None:
-    worker = Worker(2)
-    worker.aborted = {1}
     outputs = [answers(7), answers(7)]
-    assert together(worker, *outputs) == [0.0, None]
+    assert together(*outputs, aborted=[1]) == [0.0, None]
     assert (record(outputs[0])["outcome"], record(outputs[0])["weight"]) == ("no_vote", 0.0)
 
 
 def test_all_trajectories_of_a_rollout_carry_its_weight_and_one_its_record() -> None:
-    worker = Worker(2)
     first, last = rollout([1, 1, 1]), rollout([0, 1], [0.0, -2.0])
     last.response_ids[1] = 7
-    assert together(worker, (first, last), answers(7)) == [1.0, 1.0]
+    assert together((first, last), answers(7)) == [1.0, 1.0]
     assert first.extra_fields["pivottrace"] == {"route": "self_train", "weight": 1.0}
     found = record(last)
     assert (found["n_tokens"], found["logprob"], found["traced"]) == (4, -2.0, False)
@@ -280,9 +231,8 @@ def test_what_was_not_compared_in_time_teaches_nothing_and_looks_like_the_others
         "8": {"pred": "8", "score": 0.0, "acc": 0.0, "timed_out": 1.0},
     }
     for labeled in (True, False):
-        worker = Worker(4, says=says.__getitem__, labeled=labeled)
         outputs = [answers(7), answers(7), answers(8), answers(7)]
-        assert together(worker, *outputs) == [1.0] * 4
+        assert together(*outputs, says=says.__getitem__, labeled=labeled) == [1.0] * 4
         assert [record(o)["weight"] for o in outputs] == [1.0, 1.0, 0.0, 1.0]
         assert [record(o)["right"] for o in outputs] == [1.0, 1.0, None, 1.0]
         infos = [o.extra_fields["reward_extra_info"] for o in outputs]
@@ -308,12 +258,12 @@ def test_any_reward_function_of_verls_trains_labelled_prompts_and_votes_are_read
     says: Callable[[str], Any],
 ) -> None:
     outputs = [answers(9), answers(7), answers(9)]
-    assert together(Worker(3, says=says, labeled=True), *outputs) == [-1.0, 1.0, -1.0]
+    assert together(*outputs, says=says, labeled=True) == [-1.0, 1.0, -1.0]
     assert [record(o)["right"] for o in outputs] == [0.0, 1.0, 0.0]
     assert record(outputs[0])["majority_right"] is False
     assert record(outputs[0])["agreement"] == pytest.approx(2 / 3)
     outputs = [answers(9), answers(7), answers(9)]
-    assert together(Worker(3, says=says), *outputs) == [1.0, 0.0, 1.0]
+    assert together(*outputs, says=says) == [1.0, 0.0, 1.0]
     info = outputs[0].extra_fields["reward_extra_info"]
     assert (info["score"], info["acc"]) == (1.0, 1.0)
 
@@ -322,15 +272,14 @@ def test_a_reward_that_the_agent_loop_gave_is_trained_on() -> None:
     outputs = [answers(9), answers(7)]
     for output, reward in zip(outputs, (0.25, 0.75), strict=True):
         output.reward_score = reward
-    assert together(Worker(2, labeled=True), *outputs) == [0.25, 0.75]
+    assert together(*outputs, labeled=True) == [0.25, 0.75]
     assert [record(o)["right"] for o in outputs] == [0.0, 1.0]
 
 
 @pytest.mark.parametrize("pred", ["", None, "[INVALID]"])
 def test_a_group_does_not_agree_on_having_no_answer(pred: Any) -> None:
     outputs = [answers(1), answers(2), answers(3)]
-    worker = Worker(3, says=lambda _: {"pred": pred, "score": 0.0})
-    assert together(worker, *outputs) == [0.0] * 3
+    assert together(*outputs, says=lambda _: {"pred": pred, "score": 0.0}) == [0.0] * 3
     assert record(outputs[0])["outcome"] == "no_vote"
 
 
@@ -344,8 +293,8 @@ def test_what_the_reward_manager_adds_is_kept_beside_label_and_vote_but_is_not_t
         outputs = [answers(7), answers(7, [1, 1, 1]), answers(9), answers(9, [1] * 4), answers(7)]
         says = {"7": {"pred": "7", "score": 1.0, "acc": 1.0},
                 "9": {"pred": "9", "score": 0.0, "acc": 0.0}}  # fmt: skip
-        worker = Worker(5, says=says.__getitem__, adds=late, labeled=labeled)
-        assert together(worker, *outputs) == [1.0, 0.5, 0.0, -0.5, 1.0]
+        found = together(*outputs, says=says.__getitem__, adds=late, labeled=labeled)
+        assert found == [1.0, 0.5, 0.0, -0.5, 1.0]
         infos = [o.extra_fields["reward_extra_info"] for o in outputs]
         assert [i["acc"] for i in infos] == [i["score"] for i in infos] == [1, 1, 0, 0, 1]
         assert [record(o)["right"] for o in outputs] == [1, 1, 0, 0, 1]
@@ -353,16 +302,14 @@ def test_what_the_reward_manager_adds_is_kept_beside_label_and_vote_but_is_not_t
 
 
 def test_a_waiting_prompt_teaches_nothing() -> None:
-    worker = Worker(3, otherwise="soft")
-    worker._info["route"] = "annotate"
     outputs = [answers(7), answers(7), answers(7)]
-    assert together(worker, *outputs) == [0.0] * 3
+    assert together(*outputs, route="annotate", otherwise="soft") == [0.0] * 3
     assert {(record(o)["outcome"], record(o)["weight"]) for o in outputs} == {("dropped", 0.0)}
 
 
 def test_one_rollout_of_a_labelled_prompt_is_trained_on_as_it_is() -> None:
-    worker, output = Worker(1, says=graded, labeled=True), answers(7)
-    assert together(worker, output) == [1.0]
+    output = answers(7)
+    assert together(output, says=graded, labeled=True) == [1.0]
     assert (record(output)["right"], record(output)["weight"]) == (1.0, 1.0)
 
 
@@ -387,8 +334,8 @@ def breaks(answer: str) -> Any:
 def test_what_would_fail_every_rollout_is_told_to_whoever_watches(
     says: Callable[[str], Any], labeled: bool, sentence: str | None
 ) -> None:
-    worker = Worker(2, says=says, labeled=labeled)
-    assert all(isinstance(e, Exception) for e in together(worker, answers(7), answers(7)))
+    worker = make(answers(7), answers(7), says=says, labeled=labeled)
+    assert all(isinstance(error, Exception) for error in become(worker, 2))
     if sentence is None:
         # One of verl's failed rollouts, as in stock verl.
         asyncio.run(worker.pivottrace_watch(0.01))
@@ -398,15 +345,15 @@ def test_what_would_fail_every_rollout_is_told_to_whoever_watches(
 
 
 def test_the_watch_ends_at_once_when_a_session_is_refused_meanwhile() -> None:
-    worker = Worker(2, says=refuses)
+    worker = make(answers(7), answers(7), says=refuses)
 
     async def run() -> None:
         watch = asyncio.ensure_future(worker.pivottrace_watch(60.0))
         await asyncio.sleep(0)
-        worker._refuse(PivotTraceError("No."))
+        await worker.prompt(2)
         await watch
 
-    with pytest.raises(PivotTraceError, match=r"^No\.$"):
+    with pytest.raises(PivotTraceError, match=r"cannot be compared\.$"):
         asyncio.run(asyncio.wait_for(run(), timeout=10))
 
 
