@@ -151,7 +151,6 @@ def judge(
     )
     timed_out = [place == NOT_COMPARED for place in clusters.labels]
     majority_right, target = None, None
-    marks: list[float | None]
     if labeled:
         # The gauge of the vote: how often the majority would have been right where we can know.
         majority_right = winner is not None and any(
@@ -169,16 +168,15 @@ def judge(
     else:
         dropped = policy.kind == "verified_only" or policy.otherwise == "drop"
         scores, outcome = [0.0] * len(answers), DROPPED if dropped else NO_VOTE
-    teaches = outcome in (VERIFIED, VOTED, SOFT)
+    teaches = outcome not in (NO_VOTE, DROPPED)
+    marks: Sequence[float] = scores
     if labeled:
-        rewards, marks = list(map(float, managed)), [float(good) for good in right]
+        rewards, marks = list(map(float, managed)), list(map(float, right))
+    elif teaches:
+        each = zip(scores, managed, verified, strict=True)
+        rewards = [score + (made - given) for score, made, given in each]
     else:
-        rewards, marks = list(scores), list(scores)
-        if teaches:
-            rewards = [
-                score + (made - given)
-                for score, made, given in zip(scores, managed, verified, strict=True)
-            ]
+        rewards = scores
     return Verdict(
         rewards=_filled(rewards, timed_out),
         scores=_filled(scores, timed_out),

@@ -45,6 +45,8 @@ class PivotTrainerMixin(PPOTrainer):
     """Mix in front of one of verl's V1 trainers."""
 
     train_dataloader_it: Any
+    _failed_prompts = 0
+    """Since the latest step."""
 
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
@@ -55,7 +57,6 @@ class PivotTrainerMixin(PPOTrainer):
         self.steering = Steering(items, labelled, config, self._prompts)
         self._scaled: list[tuple[torch.Tensor, str | None]] = []
         self._set_aside: list[tuple[str, dict[str, Any]]] = []
-        self._failed_prompts = 0
         self.train_dataloader = StatefulDataLoader(
             dataset=self.train_dataset,
             batch_size=self.config.data.get("gen_batch_size") or self.config.data.train_batch_size,

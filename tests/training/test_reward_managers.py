@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 
 from pivottrace_verl.answers import get_answers
 from pivottrace_verl.pivots import DetectorConfig
+from pivottrace_verl.training.gathering import Group
 from pivottrace_verl.training.groups import VotePolicy
 
 agent_loop = pytest.importorskip(
@@ -54,7 +55,7 @@ class Worker(agent_loop.PivotAgentLoopWorker):
         self.processor, self.mm_processor_kwargs, self.tokenizer = None, None, Tokenizer()
         self._kind, self._policy = get_answers("exact"), VotePolicy()
         self._waiting, self._logprobs, self._detector = self._policy, False, DetectorConfig(tau=0.1)
-        self._groups = {"u": agent_loop.Group(size)}
+        self._groups = {"u": Group(size)}
         self._rollouts = {("u", i): agent_loop.Rollout(f"{i}", capture=True) for i in range(size)}
 
 

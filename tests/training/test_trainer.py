@@ -173,7 +173,7 @@ def test_prompts_that_failed_are_counted_whether_verl_replaces_them_or_not() -> 
     settings = {"pivottrace": {"poll_interval_s": None, "stall_timeout_s": None}}
     one.config = OmegaConf.create(settings)
     one.checkpoint_manager = SimpleNamespace(update_weights=lambda _: None)
-    one.global_steps, one._failed_prompts, one._set_aside = 0, 0, []
+    one.global_steps, one._set_aside = 0, []
     one.on_init_end()
     # As the asynchronous trainers do with a group of which a session failed.
     buffer._clear_groups("train", {"b"})
