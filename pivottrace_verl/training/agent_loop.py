@@ -40,7 +40,7 @@ from pivottrace_verl.answers import TIMED_OUT, Answer, extract_many, get_answers
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.pivots import DetectorConfig
 from pivottrace_verl.training.client import PivotClient, Rollout, tracing
-from pivottrace_verl.training.gathering import Group, Scored, scored
+from pivottrace_verl.training.gathering import Group, Scored
 from pivottrace_verl.training.groups import VERIFIED, VotePolicy
 
 logger = logging.getLogger(__name__)
@@ -233,7 +233,7 @@ class PivotAgentLoopWorker(_Worker):
             answer = await asyncio.to_thread(self._read, last.response_ids)
             if info["labeled"] and answer is TIMED_OUT:
                 answer = None  # its score is known all the same
-        return scored(last.reward_score, told, answer, weight)
+        return Scored.of(last.reward_score, told, answer, weight)
 
     def _read(self, tokens: list[int]) -> Answer:
         """The answer in a response, as the reward function of our own reads it."""

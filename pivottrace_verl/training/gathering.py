@@ -31,14 +31,16 @@ class Scored:
     weight: float | None
     """Of its vote."""
 
-
-def scored(managed: float, info: Mapping[str, Any], answer: Answer, weight: float | None) -> Scored:
-    """From verl's `reward_score` and `reward_extra_info`. verl calls a function's bare score `acc`;
-    where the agent loop gave the reward itself, there is neither."""
-    score = float(info.get("score", info.get("acc", managed)))
-    right = float(info.get("acc", score)) > 0.5
-    answer = TIMED_OUT if info.get("timed_out") else answer
-    return Scored(answer, score, float(managed), right, weight)
+    @classmethod
+    def of(
+        cls, managed: float, info: Mapping[str, Any], answer: Answer, weight: float | None
+    ) -> Scored:
+        """From verl's `reward_score` and `reward_extra_info`. verl calls a function's bare score
+        `acc`; where the agent loop gave the reward itself, there is neither."""
+        score = float(info.get("score", info.get("acc", managed)))
+        right = float(info.get("acc", score)) > 0.5
+        answer = TIMED_OUT if info.get("timed_out") else answer
+        return cls(answer, score, float(managed), right, weight)
 
 
 class Group:

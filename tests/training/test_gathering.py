@@ -3,8 +3,8 @@
 import asyncio
 from typing import Any
 
-from pivottrace_verl.answers import get_answers
-from pivottrace_verl.training.gathering import Group, scored
+from pivottrace_verl.answers import TIMED_OUT, get_answers
+from pivottrace_verl.training.gathering import Group, Scored
 from pivottrace_verl.training.groups import VotePolicy
 
 EXACT = get_answers("exact")
@@ -12,7 +12,7 @@ EXACT = get_answers("exact")
 
 def said(answer: str | None, score: float = 0.0, weight: float | None = None) -> Any:
     """What the reward worker says of a rollout."""
-    return scored(score, {"score": score}, answer, weight)
+    return Scored.of(score, {"score": score}, answer, weight)
 
 
 async def session(group: Any, number: int, rollout: Any, delay: float, labeled: bool) -> float:
@@ -90,3 +90,16 @@ def test_a_group_knows_how_many_sessions_failed() -> None:
         group.arrive(number, said("7"))
     group.leave(3)
     assert group.failed == 1 and group._complete.is_set()
+
+
+def test_what_a_reward_worker_says_is_read_whatever_the_function_returned() -> None:
+    # A bare score; a dict; graded by more than the answer; the agent loop's own reward.
+    bare = Scored.of(0.5, {"acc": 1.0}, "7", None)
+    assert (bare.score, bare.managed, bare.right) == (1.0, 0.5, True)
+    both = Scored.of(-1.0, {"score": -1.0, "acc": False}, "7", None)
+    assert (both.score, both.right) == (-1.0, False)
+    graded = Scored.of(0.4, {"score": 0.4, "acc": True, "timed_out": 0.0}, "7", 0.25)
+    assert (graded.score, graded.right, graded.answer, graded.weight) == (0.4, True, "7", 0.25)
+    own = Scored.of(0.75, {}, None, None)
+    assert (own.score, own.managed, own.right) == (0.75, 0.75, True)
+    assert Scored.of(0.0, {"score": 0.0, "timed_out": 1.0}, "7", None).answer is TIMED_OUT
