@@ -1,6 +1,5 @@
 """Reward functions and reward managers of a recipe's own, in real jobs with both routes."""
 
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,20 +17,6 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def job(work: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Job]]:
-    """Starts a job, and ends it if it is left."""
-    started: list[Job] = []
-
-    def start(*overrides: str) -> Job:
-        started.append(Job(work, request.node.name, *overrides))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.stop()
-
-
 def function(name: str) -> tuple[str, str]:
     return (
         "reward.custom_reward_function.path=pkg://tests.e2e.own_rewards",
@@ -39,8 +24,19 @@ def function(name: str) -> tuple[str, str]:
     )
 
 
-def test_a_bare_score_and_dapos_penalty_train_both_routes(job: Callable[..., Job]) -> None:
-    one = job(
+def run(work: Path, name: str, *overrides: str) -> tuple[int | None, Job]:
+    """A job's status, and the job."""
+    one = Job(work, name, *overrides, "trainer.total_training_steps=2")
+    try:
+        return one.wait(), one
+    finally:
+        one.stop()
+
+
+def test_a_bare_score_and_dapos_penalty_train_both_routes(work: Path) -> None:
+    status, one = run(
+        work,
+        "dapo",
         *function("bare"),
         "reward.reward_manager.name=dapo",
         # A penalty from the ninth token on.
@@ -49,9 +45,8 @@ def test_a_bare_score_and_dapos_penalty_train_both_routes(job: Callable[..., Job
         "+reward.reward_kwargs.overlong_buffer_cfg.len=120",
         "+reward.reward_kwargs.overlong_buffer_cfg.penalty_factor=0.5",
         "+reward.reward_kwargs.overlong_buffer_cfg.log=false",
-        "trainer.total_training_steps=2",
     )
-    assert one.wait() == 0, one.words()[-5000:]
+    assert status == 0, one.words()[-5000:]
     steps = one.metrics()
     assert len(steps) == 2
     right = []
@@ -69,10 +64,10 @@ def test_a_bare_score_and_dapos_penalty_train_both_routes(job: Callable[..., Job
 
 
 def test_a_reward_function_that_fails_without_a_label_ends_the_job_with_a_sentence(
-    job: Callable[..., Job],
+    work: Path,
 ) -> None:
-    one = job(*function("needs_a_label"), "trainer.total_training_steps=2")
-    assert one.wait() == 2
+    status, one = run(work, "fails", *function("needs_a_label"))
+    assert status == 2, one.words()[-5000:]
     said = one.words()[-3000:]
     assert "error: The reward function failed on prompt " in said
     assert "(AttributeError: 'NoneType' object has no attribute 'strip')" in said
