@@ -14,6 +14,9 @@ from pivottrace_verl.training.agent_loop import PivotAgentLoopWorker, _Worker
 from pivottrace_verl.training.client import Rollout
 from pivottrace_verl.training.groups import VotePolicy
 
+Generate = Callable[[Rollout | None, str, int], list[Any]]
+"""The agent loop: the outputs of a session of a prompt, whose requests the rollout keeps, if there
+is one."""
 Score = Callable[[Any], tuple[float, dict[str, Any]]]
 """What a reward worker says of an output: verl's `reward_score` and `reward_extra_info`."""
 
@@ -21,8 +24,7 @@ Score = Callable[[Any], tuple[float, dict[str, Any]]]
 class Verl(_Worker):
     """What verl does before and after the hook."""
 
-    generate: Callable[[Rollout, str, int], list[Any]]
-    """The agent loop: the outputs of a session of a prompt, whose requests the rollout has."""
+    generate: Generate
     score: Score
 
     async def _run_prompt(
@@ -41,8 +43,8 @@ class Verl(_Worker):
 
     async def _run_agent_loop(self, sampling_params: Any, trajectory: Any, **kwargs: Any) -> Any:
         uid, session = kwargs["uid"], kwargs["session_id"]
-        outputs = self.generate(self._rollouts[uid, session], uid, session)
-        await self._agent_loop_postprocess(outputs, False, **kwargs)
+        outputs = self.generate(self._rollouts.get((uid, session)), uid, session)
+        await self._agent_loop_postprocess(outputs, trajectory["validate"], **kwargs)
         return self.published.get((uid, session))
 
     async def _compute_score(self, outputs: list[Any], kwargs: Any) -> None:
@@ -52,6 +54,7 @@ class Verl(_Worker):
             outputs[-1].extra_fields["reward_extra_info"] = info
 
     async def _agent_loop_postprocess(self, output: Any, validate: bool, **kwargs: Any) -> None:
+        await self._compute_score(output, kwargs)
         self.published[kwargs["uid"], kwargs["session_id"]] = output[-1].reward_score
 
 
@@ -60,7 +63,7 @@ class HookWorker(PivotAgentLoopWorker, Verl):
 
     def __init__(
         self,
-        generate: Callable[[Rollout, str, int], list[Any]],
+        generate: Generate,
         score: Score,
         *,
         labeled: bool = False,
@@ -84,18 +87,18 @@ class HookWorker(PivotAgentLoopWorker, Verl):
         self._refusal, self._refused = None, asyncio.Event()
         self._groups, self._rollouts = {}, {}
 
-    async def prompt(self, size: int, uid: str = "u") -> list[Any]:
+    async def prompt(self, size: int, validate: bool = False) -> list[Any]:
         """Of each session of a prompt its reward, None where it published no rollout, or its
         error."""
-        prompt = {"uid": uid, "extra_info": self._info, "__rollout_n__": size}
-        await self._run_prompt(prompt, {}, {"validate": False, "step": 1})
-        return self.became[uid]
+        prompt = {"uid": "u", "extra_info": self._info, "__rollout_n__": size}
+        await self._run_prompt(prompt, {}, {"validate": validate, "step": 1})
+        return self.became["u"]
 
 
-def outputs_of(sessions: Sequence[Any]) -> Callable[[Rollout, str, int], list[Any]]:
+def outputs_of(sessions: Sequence[Any]) -> Generate:
     """An agent loop that gives each session of a prompt its output, or several."""
 
-    def generate(rollout: Rollout, uid: str, session: int) -> list[Any]:
+    def generate(rollout: Rollout | None, uid: str, session: int) -> list[Any]:
         found = sessions[session]
         return list(found) if isinstance(found, tuple) else [found]
 

@@ -73,15 +73,9 @@ class Without(Verl):
 
     def __init__(self, generate: Any) -> None:
         self.generate, self.score = generate, score
-        self.became, self.published, self._rollouts = {}, {}, {}
-
-    async def _agent_loop_postprocess(self, output: Any, validate: bool, **kwargs: Any) -> None:
-        await self._compute_score(output, kwargs)
-        await super()._agent_loop_postprocess(output, validate, **kwargs)
-
-    async def _run_agent_loop(self, sampling_params: Any, trajectory: Any, **kwargs: Any) -> Any:
-        self._rollouts[kwargs["uid"], kwargs["session_id"]] = None
-        return await super()._run_agent_loop(sampling_params, trajectory, **kwargs)
+        self.became: dict[str, list[Any]] = {}
+        self.published: dict[tuple[str, int], float] = {}
+        self._rollouts: dict[tuple[str, int], Rollout] = {}
 
 
 def seconds(made: Batch, hook: bool, logprobs: bool) -> float:

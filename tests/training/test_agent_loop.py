@@ -97,8 +97,8 @@ def make(
     return HookWorker(generate, score, tokenizer=Tokenizer(), **settings)
 
 
-def become(worker: HookWorker, size: int) -> list[Any]:
-    return asyncio.run(asyncio.wait_for(worker.prompt(size), timeout=10))
+def become(worker: HookWorker, size: int, validate: bool = False) -> list[Any]:
+    return asyncio.run(asyncio.wait_for(worker.prompt(size, validate), timeout=10))
 
 
 def together(*sessions: Any, **settings: Any) -> list[Any]:
@@ -256,6 +256,20 @@ def test_what_would_fail_every_rollout_is_told_to_whoever_watches(
     else:
         with pytest.raises(PivotTraceError, match=sentence):
             asyncio.run(worker.pivottrace_watch(60.0))
+
+
+def test_validation_passes_through_untouched_but_for_what_is_told_to_whoever_watches() -> None:
+    outputs = [answers(7), rollout([])]
+    outputs[1].reward_score = 0.5
+    worker = make(*outputs, says=graded)
+    assert become(worker, 2, validate=True) == [1.0, 0.5]
+    assert outputs[0].extra_fields["reward_extra_info"] == {"acc": 1.0}
+    assert all("pivottrace" not in output.extra_fields for output in outputs)
+    asyncio.run(worker.pivottrace_watch(0.01))
+    worker = make(answers(7), says=refuses)
+    assert isinstance(become(worker, 1, validate=True)[0], PivotTraceError)
+    with pytest.raises(PivotTraceError, match="cannot be compared"):
+        asyncio.run(worker.pivottrace_watch(60.0))
 
 
 def test_the_watch_ends_at_once_when_a_session_is_refused_meanwhile() -> None:
