@@ -43,24 +43,26 @@ def test_a_bare_score_and_dapos_penalty_train_both_routes(work: Path) -> None:
         "+reward.reward_kwargs.max_resp_len=128",
         "+reward.reward_kwargs.overlong_buffer_cfg.enable=true",
         "+reward.reward_kwargs.overlong_buffer_cfg.len=120",
-        "+reward.reward_kwargs.overlong_buffer_cfg.penalty_factor=0.5",
+        "+reward.reward_kwargs.overlong_buffer_cfg.penalty_factor=0.05",
         "+reward.reward_kwargs.overlong_buffer_cfg.log=false",
+        # So that a policy that is hardly ever right is rewarded.
+        "pivottrace.vote.otherwise=soft",
     )
     assert status == 0, one.words()[-5000:]
     steps = one.metrics()
     assert len(steps) == 2
-    right = []
+    scores = []
     for number, step in enumerate(steps, 1):
         assert step["pivottrace/rollouts/failed"] == step["pivottrace/prompts/failed"] == 0
-        scores = [row["score"] for row in read_lines(one.folder / "rollouts" / f"{number}.jsonl")]
-        assert len(scores) == 32 and any(score % 1.0 for score in scores)
-        right += [score for score in scores if score > 0.5]
+        scores += [row["score"] for row in read_lines(one.folder / "rollouts" / f"{number}.jsonl")]
         for route in ("annotate", "self_train"):
             if f"pivottrace/{route}/prompts" in step:
-                shares = [step[f"pivottrace/{route}/{n}"] for n in ("mixed", "all_right")]
-                assert all(0.0 <= share <= 1.0 for share in shares)
                 assert step[f"pivottrace/{route}/agreement"] > 0.0
-    assert right
+                assert step[f"pivottrace/{route}/weight"] == 1.0
+    assert len(scores) == 64
+    # Of the least share that a vote gives no penalty leaves less; of a wrong answer, less than 0.
+    assert any(score % 0.25 and score > 0.19 for score in scores)
+    assert any(-0.05 <= score < 0.0 for score in scores)
 
 
 def test_a_reward_function_that_fails_without_a_label_ends_the_job_with_a_sentence(
