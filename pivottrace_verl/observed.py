@@ -29,10 +29,12 @@ class Observed:
     pt_id: str
     route: str
     labeled: bool
+    """Whether a rollout of it was compared with a bought label: not if all of them timed out."""
     reward: float
     """Mean of the rewards used."""
     pass_rate: float | None
-    """Share of right rollouts; None without a label."""
+    """Share of right rollouts among those that did not time out, in [0, 1]; None without a
+    label."""
     majority_right: bool | None
     """Whether the vote is right; None without a label."""
     votes: bool
@@ -56,7 +58,8 @@ def observed(records: Iterable[tuple[str, Mapping[str, Any]]]) -> list[Observed]
 
 def _group(rows: list[Mapping[str, Any]]) -> Observed:
     first = rows[0]
-    reward = _mean([row["reward"] for row in rows])
+    marks = [row["right"] for row in rows if row["right"] is not None]
+    labeled = bool(first["labeled"] and marks)
     length = _mean([row["n_tokens"] for row in rows])
     values = {"consistency": 1.0 - first["agreement"], "length": length}
     traced = [row for row in rows if row["traced"]]
@@ -70,10 +73,10 @@ def _group(rows: list[Mapping[str, Any]]) -> Observed:
     return Observed(
         pt_id=first["pt_id"],
         route=first["route"],
-        labeled=first["labeled"],
-        reward=reward,
-        pass_rate=reward if first["labeled"] else None,
-        majority_right=first["majority_right"] if first["labeled"] else None,
+        labeled=labeled,
+        reward=_mean([row["reward"] for row in rows]),
+        pass_rate=_mean(marks) if labeled else None,
+        majority_right=first["majority_right"] if labeled else None,
         votes=first["votes"],
         agreement=first["agreement"],
         answer_entropy=first["answer_entropy"],

@@ -5,13 +5,15 @@ from typing import Any
 
 def record(pt_id: str, labeled: bool = True, **more: Any) -> dict[str, Any]:
     """A traced rollout that was right, of the route that goes with its label; `more` replaces what
-    is there."""
+    is there, and whether it was right follows its reward."""
+    reward = more.get("reward", 1.0)
     return {
         "pt_id": pt_id,
         "route": "annotate" if labeled else "self_train",
         "labeled": labeled,
         "weight": 1.0,
-        "reward": 1.0,
+        "reward": reward,
+        "right": None if more.get("timed_out") else reward,
         "outcome": "verified" if labeled else "voted",
         "timed_out": False,
         "agreement": 0.75,

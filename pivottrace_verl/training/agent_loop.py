@@ -4,10 +4,18 @@ Contract: verl runs the sessions of one prompt as coroutines of one worker. Here
 scored by verl's own reward workers, then waits for its siblings; the group is judged once
 (`groups.judge`), every session gets its reward and a record of it under
 `extra_fields["pivottrace"]`, and verl publishes them as it always does. A session that fails
-leaves the group, so nobody waits for it for ever; so does one that the engine gave up or that has
-no token: it has no answer that could be right or wrong. Where an agent loop has several turns, the
-answer is read from the last of them only, never from what a tool said. Validation passes through
-untouched.
+leaves the group, so nobody waits for it for ever. So does one that the engine gave up or that has
+no token, which has no answer that could be right or wrong; it ends without a trajectory and without
+an error, unless no sibling is left, because verl's asynchronous trainers throw a group with an
+error away. Where an agent loop has several turns, the answer is read from the last of them only,
+never from what a tool said. Validation passes through untouched.
+
+A PivotTraceError of a session is kept and told by `pivottrace_watch`: to verl it is one more failed
+rollout, but all others will fail like it.
+
+The reward function may be any of verl's: of a labelled prompt its score is trained on as it is,
+after the reward manager. `pred`, the answer that it read ("" if there is none), and `timed_out` are
+what a vote needs; without `pred` the answer is read here, with `pivottrace.answers`.
 """
 
 from __future__ import annotations
@@ -15,8 +23,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
-import time
+import logging
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import compress
 from typing import Any
 from uuid import uuid4
 
@@ -26,77 +36,21 @@ from omegaconf import OmegaConf
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
 
-from pivottrace_verl.answers import TIMED_OUT, get_answers
+from pivottrace_verl.answers import TIMED_OUT, Answer, extract_many, get_answers
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.pivots import DetectorConfig
 from pivottrace_verl.training.client import PivotClient, Rollout, tracing
-from pivottrace_verl.training.groups import DROPPED, Verdict, VotePolicy, judge
+from pivottrace_verl.training.gathering import Group, Scored
+from pivottrace_verl.training.groups import VERIFIED, VotePolicy
+
+logger = logging.getLogger(__name__)
 
 # verl exports the Ray actor class; its methods live on the class underneath.
 _Worker: Any = AgentLoopWorkerTQ.__ray_metadata__.modified_class
 
-
-class Group:
-    """The rollouts of one prompt on their way to one verdict."""
-
-    def __init__(self, size: int) -> None:
-        self._size = self._waiting_for = size
-        self._arrived: dict[int, AgentLoopOutput] = {}
-        self._weights: dict[int, float | None] = {}
-        self._complete = asyncio.Event()
-        self._verdict: asyncio.Task[Verdict] | None = None
-        self.seconds = 0.0
-        """Spent on the verdict."""
-
-    @property
-    def failed(self) -> int:
-        """Sessions that left, once the group is complete."""
-        return self._size - len(self._arrived)
-
-    def arrive(self, session: int, output: AgentLoopOutput, weight: float | None = None) -> None:
-        """A scored rollout is in; `weight` is that of its vote."""
-        self._arrived[session] = output
-        self._weights[session] = weight
-        self._count_down()
-
-    def leave(self, session: int) -> None:
-        """A session failed; the others vote without it."""
-        if session not in self._arrived:
-            self._count_down()
-
-    def _count_down(self) -> None:
-        self._waiting_for -= 1
-        if self._waiting_for <= 0:
-            self._complete.set()
-
-    async def reward(
-        self, session: int, *, labeled: bool, kind: Any, policy: VotePolicy
-    ) -> tuple[float, bool, Verdict]:
-        """This session's reward, whether it timed out, and the verdict both come from, once the
-        group is complete."""
-        await self._complete.wait()
-        order = sorted(self._arrived)
-        if self._verdict is None:
-            infos = [self._arrived[s].extra_fields["reward_extra_info"] for s in order]
-
-            def decide() -> Verdict:
-                start = time.perf_counter()
-                verdict = judge(
-                    [TIMED_OUT if i.get("timed_out") else i["pred"] or None for i in infos],
-                    [float(info["score"]) for info in infos],
-                    labeled=labeled,
-                    kind=kind,
-                    policy=policy,
-                    weights=[self._weights[s] for s in order],
-                )
-                self.seconds = time.perf_counter() - start
-                return verdict
-
-            # Equivalence of mathematical answers can take milliseconds: off the event loop.
-            self._verdict = asyncio.ensure_future(asyncio.to_thread(decide))
-        verdict = await self._verdict
-        place = order.index(session)
-        return verdict.rewards[place], verdict.timed_out[place], verdict
+_NO_ANSWER = (None, "", "[INVALID]")
+"""A reward function's `pred` where it read none; the last is that of verl's `math_dapo`, on which
+a group must not agree."""
 
 
 class PivotAgentLoopWorker(_Worker):
@@ -116,6 +70,22 @@ class PivotAgentLoopWorker(_Worker):
         self._seed: int | None = settings.request_seed
         self._groups: dict[str, Group] = {}
         self._rollouts: dict[tuple[str, int], Rollout] = {}
+        self._refusal: str | None = None
+        self._refused = asyncio.Event()
+
+    async def pivottrace_watch(self, seconds: float) -> None:
+        """Return after so many seconds; raise PivotTraceError as soon as a session has."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._refused.wait(), seconds)
+        if self._refusal is not None:
+            raise PivotTraceError(self._refusal)
+
+    def _refuse(self, error: BaseException) -> None:
+        # A reward worker's error is one of Ray's too, and its text a traceback.
+        refusal = getattr(error, "cause", error)
+        if isinstance(refusal, PivotTraceError) and self._refusal is None:
+            self._refusal = str(refusal)
+            self._refused.set()
 
     async def _run_prompt(
         self, prompt: dict, sampling_params: dict, trajectory: dict, trace: bool = False
@@ -141,9 +111,13 @@ class PivotAgentLoopWorker(_Worker):
         **kwargs: Any,
     ) -> Any:
         if trajectory["validate"]:
-            return await super()._run_agent_loop(
-                sampling_params, trajectory, agent_name=agent_name, trace=trace, **kwargs
-            )
+            try:
+                return await super()._run_agent_loop(
+                    sampling_params, trajectory, agent_name=agent_name, trace=trace, **kwargs
+                )
+            except PivotTraceError as error:
+                self._refuse(error)
+                raise
         uid, session = kwargs["uid"], kwargs["session_id"]
         seed = None
         if self._seed is not None:
@@ -156,8 +130,9 @@ class PivotAgentLoopWorker(_Worker):
                 return await super()._run_agent_loop(
                     sampling_params, trajectory, agent_name=agent_name, trace=trace, **kwargs
                 )
-        except BaseException:
+        except BaseException as error:
             self._groups[uid].leave(session)
+            self._refuse(error)
             raise
         finally:
             del self._rollouts[uid, session]
@@ -166,42 +141,54 @@ class PivotAgentLoopWorker(_Worker):
         self, output: AgentLoopOutput | list[AgentLoopOutput], validate: bool, **kwargs: Any
     ) -> None:
         outputs = output if isinstance(output, list) else [output]
-        if not validate and outputs:
+        if validate:
+            await super()._agent_loop_postprocess(output, validate, **kwargs)
+            return
+        why = self._no_answer(outputs, kwargs)
+        if why is None:
             await self._judge(outputs, kwargs)
-        elif not validate:
-            self._groups[kwargs["uid"]].leave(kwargs["session_id"])
-        await super()._agent_loop_postprocess(output, validate, **kwargs)
+            await super()._agent_loop_postprocess(output, validate, **kwargs)
+            return
+        group, session = self._groups[kwargs["uid"]], kwargs["session_id"]
+        said = f"Rollout {session} of prompt {kwargs['extra_info']['pt_id']} failed: {why}."
+        group.leave(session)
+        if group.all_failed:
+            raise RuntimeError(said)
+        logger.warning(said)
+
+    def _no_answer(self, outputs: list[AgentLoopOutput], kwargs: dict[str, Any]) -> str | None:
+        """Why a rollout has no answer that could be right or wrong, if so."""
+        if self._rollouts[kwargs["uid"], kwargs["session_id"]].aborted:
+            return "the engine aborted it"
+        # verl itself makes nothing of a rollout whose agent loop returns no output.
+        if not outputs or not any(outputs[-1].response_mask):
+            return "it has no tokens"
+        return None
 
     async def _judge(self, outputs: list[AgentLoopOutput], kwargs: dict[str, Any]) -> None:
         uid, session, info = kwargs["uid"], kwargs["session_id"], kwargs["extra_info"]
         group, rollout, final = self._groups[uid], self._rollouts[uid, session], outputs[-1]
-        if rollout.aborted or not any(final.response_mask):
-            what = "the engine aborted it" if rollout.aborted else "it has no tokens"
-            raise RuntimeError(f"Rollout {session} of prompt {info['pt_id']} failed: {what}.")
-        scored = last_turn(final)
-        await self._compute_score([*outputs[:-1], scored], kwargs=kwargs)
-        if "pred" not in final.extra_fields.get("reward_extra_info", {}):
-            raise PivotTraceError(
-                "The reward function returned no 'pred', the answer that it read from the rollout "
-                "('' if there is none), so no vote can be taken; see "
-                "pivottrace_verl.training.reward."
-            )
-        n_tokens, mean = generated(outputs)
         traced = rollout.summary(self._detector)
-        logprob = mean if self._logprobs else None
-        group.arrive(session, final, self._policy.weight_of(logprob, traced.get("pivots")))
+        logprob = mean_logprob(outputs) if self._logprobs else None
+        weight = self._policy.weight_of(logprob, traced.get("pivots"))
+        group.arrive(session, await self._score(outputs, kwargs, weight))
         waits = info["route"] == "annotate" and not info["labeled"]
-        reward, timed_out, verdict = await group.reward(
+        place, verdict = await group.verdict(
             session,
             labeled=info["labeled"],
             kind=self._kind,
             policy=self._waiting if waits else self._policy,
         )
+        reward, score = verdict.rewards[place], verdict.scores[place]
         final.reward_score = reward
-        # `score` and `acc` are what verl logs and filters groups by: they follow the reward used.
-        final.extra_fields["reward_extra_info"].update(score=reward, acc=reward)
+        told = final.extra_fields["reward_extra_info"]
+        if verdict.outcome != VERIFIED or verdict.timed_out[place]:
+            # What verl logs and filters groups by follows the score used.
+            told.update(score=score, acc=score)
+        told.setdefault("score", score)
+        told.setdefault("acc", score)
         # The trainer multiplies it by the route's.
-        scale = {"route": info["route"], "weight": float(verdict.outcome != DROPPED)}
+        scale = {"route": info["route"], "weight": verdict.weights[place]}
         for output in outputs[:-1]:
             output.extra_fields["pivottrace"] = scale
         final.extra_fields["pivottrace"] = {
@@ -210,26 +197,59 @@ class PivotAgentLoopWorker(_Worker):
             "pt_id": info["pt_id"],
             "labeled": bool(info["labeled"]),
             "reward": reward,
+            "right": verdict.right[place],
             "outcome": verdict.outcome,
-            "timed_out": timed_out,
+            "timed_out": verdict.timed_out[place],
             "agreement": verdict.agreement,
             "answer_entropy": verdict.answer_entropy,
             "majority_right": verdict.majority_right,
             "votes": verdict.votes,
-            "n_tokens": n_tokens,
+            "n_tokens": sum(output.response_mask.count(1) for output in outputs),
             "logprob": logprob,
             "failed": group.failed,
             "vote_s": group.seconds / len(verdict.rewards),
         }
+
+    async def _score(
+        self, outputs: list[AgentLoopOutput], kwargs: dict[str, Any], weight: float | None
+    ) -> Scored:
+        """Ask a reward worker."""
+        info, last = kwargs["extra_info"], last_turn(outputs[-1])
+        try:
+            await self._compute_score([*outputs[:-1], last], kwargs=kwargs)
+        except ray.exceptions.RayTaskError as error:
+            if info["labeled"] or isinstance(error.cause, PivotTraceError):
+                raise
+            raise PivotTraceError(
+                f"The reward function failed on prompt {info['pt_id']}, which has no label "
+                f"({type(error.cause).__name__}: {error.cause}): where ground_truth is None it "
+                "must return a score, which is not read, and may return 'pred', the answer."
+            ) from error
+        told = outputs[-1].extra_fields.setdefault("reward_extra_info", {})
+        if "pred" in told:
+            pred = told["pred"]
+            answer: Answer = None if pred in _NO_ANSWER else str(pred)
+        else:
+            answer = await asyncio.to_thread(self._read, last.response_ids)
+            if info["labeled"] and answer is TIMED_OUT:
+                answer = None  # its score is known all the same
+        return Scored.of(last.reward_score, told, answer, weight)
+
+    def _read(self, tokens: list[int]) -> Answer:
+        """The answer in a response, as the reward function of our own reads it."""
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        return extract_many(self._kind, [text])[0]
 
 
 def last_turn(output: AgentLoopOutput) -> AgentLoopOutput:
     """The rollout with nothing of its response left but the last stretch that the policy generated;
     itself where that is all. What a scorer writes into its `extra_fields`, the rollout has.
     """
-    mask = np.asarray(output.response_mask, dtype=bool)
-    if mask.all() or not mask.any():
+    # Of the ways to look through a list of small numbers this is the fastest by far.
+    n_tokens = output.response_mask.count(1)
+    if n_tokens in (0, len(output.response_mask)):
         return output
+    mask = np.asarray(output.response_mask, dtype=bool)
     end = int(np.flatnonzero(mask)[-1]) + 1
     foreign = np.flatnonzero(~mask[:end])
     first = int(foreign[-1]) + 1 if len(foreign) else 0
@@ -241,18 +261,18 @@ def last_turn(output: AgentLoopOutput) -> AgentLoopOutput:
     return output.model_copy(update=changed)
 
 
-def generated(outputs: Sequence[AgentLoopOutput]) -> tuple[int, float | None]:
-    """How many of a rollout's tokens the policy generated, and their mean log-probability; None
-    where verl was not asked for it (`rollout.calculate_log_probs`) or there is none."""
-    masks = [np.asarray(output.response_mask, dtype=bool) for output in outputs]
-    n_tokens = int(sum(mask.sum() for mask in masks))
-    values = [
-        np.asarray(output.response_logprobs, dtype=np.float64)[mask]
-        for output, mask in zip(outputs, masks, strict=True)
-        if output.response_logprobs
-    ]
-    known = np.concatenate(values) if values else np.zeros(0)
-    return n_tokens, float(known.mean()) if len(known) else None
+def mean_logprob(outputs: Sequence[AgentLoopOutput]) -> float | None:
+    """Of the tokens of a rollout that the policy generated; None where verl was not asked for it
+    (`rollout.calculate_log_probs`) or there is none."""
+    total, n_tokens = 0.0, 0
+    for output in outputs:
+        if output.response_logprobs:
+            n_own = output.response_mask.count(1)
+            whole = n_own == len(output.response_mask)
+            values = output.response_logprobs
+            total += sum(values if whole else compress(values, output.response_mask))
+            n_tokens += n_own
+    return total / n_tokens if n_tokens else None
 
 
 def request_seed(seed: int, pt_id: str, step: int, session: int) -> int:

@@ -3,7 +3,12 @@
 Contract: pure functions, no verl. A group is the rollouts of one prompt; its reward is decided
 once, when every rollout is in, so the order of arrival cannot matter. Where a vote is tied or weak
 (below the quorum or the least agreement), `VotePolicy.otherwise` says what happens. A rollout whose
-answer could not be compared in time has no vote and no reward, and is marked.
+answer could not be compared in time has no vote and teaches nothing, and is marked.
+
+A reward is a score, right or wrong by the label or the vote, and what the reward manager added to
+it (such as DAPO's penalty of overlong responses, arXiv 2503.14476), which has nothing to do with
+the answer and so is kept whoever gives the score. Where there is no score, nothing is added either:
+the group is to look to verl's `filter_groups` like what it is, a group that teaches nothing.
 Axes: G rollouts of the prompt, C clusters of equal answers.
 """
 
@@ -48,8 +53,9 @@ class VotePolicy:
     """Of a rollout's vote where votes are weighted. certainty: exp of the mean log-probability of
     its tokens, in (0, 1]; pivots: 1 / (1 + pivots)."""
     otherwise: str = "none"
-    """Reward where the vote is tied or weak. none: 0 for all; soft: the share of the group that
-    gave the same answer; drop: 0 for all, and no advantage whatever the estimator."""
+    """Where the vote is tied or weak. none: no reward and, whatever the estimator, no advantage;
+    soft: the share of the group that gave the same answer is the reward; drop: as none, but
+    counted apart."""
     quorum: int = 2
     """Least number of rollouts in the winning cluster."""
     min_agreement: float = 0.0
@@ -81,7 +87,16 @@ class Verdict:
     """What one group is trained on."""
 
     rewards: list[float]
-    """[G] reward of each rollout, in the order given."""
+    """[G] reward of each rollout, in the order given; the mean of the others for one that timed
+    out, so that it does not move what they are compared with."""
+    scores: list[float]
+    """[G] the rewards without what the reward manager added."""
+    weights: list[float]
+    """[G] factor on each rollout's advantages: 0.0 for one that timed out, and for all of a group
+    without a reward, since estimators without a baseline by group (REINFORCE++, GAE) would read its
+    zeros as wrong answers; else 1.0."""
+    right: list[float | None]
+    """[G] 1.0 or 0.0 by the label, the score in [0, 1] by the vote; None where it timed out."""
     outcome: str
     """`verified`, `voted`, `soft`, `no_vote` or `dropped`."""
     target: str | None
@@ -107,16 +122,25 @@ def judge(
     kind: AnswerKind,
     policy: VotePolicy,
     weights: Sequence[float | None] | None = None,
+    managed: Sequence[float] | None = None,
+    right: Sequence[bool] | None = None,
 ) -> Verdict:
     """Decide the rewards of one group.
 
     `answers` [G] are the extracted answers (None: unparseable; TIMED_OUT: not read, or not
-    compared with the label, in time), `verified` [G] the verifier's scores, which are read only
-    if `labeled`: without a bought label they mean nothing. `weights` [G] are read where votes are
-    weighted: finite, at least 0; one that is not known counts as the mean of the others.
+    compared with the label, in time), `verified` [G] the verifier's scores and `right` [G] whether
+    it found the answer right (None: a score above one half), which are read only if `labeled`:
+    without a bought label they mean nothing. `managed` [G] is what the reward manager made of the
+    scores (None: it left them as they are). `weights` [G] are read where votes are weighted:
+    finite, at least 0; one that is not known counts as the mean of the others.
     """
-    if len(answers) != len(verified):
-        raise ValueError(f"a group has {len(answers)} answers but {len(verified)} scores")
+    managed = verified if managed is None else managed
+    right = [score > 0.5 for score in verified] if right is None else right
+    if not len(answers) == len(verified) == len(managed) == len(right):
+        raise ValueError(
+            f"a group has {len(answers)} answers but {len(verified)} scores, {len(managed)} "
+            f"rewards and {len(right)} marks"
+        )
     clusters = cluster(answers, kind)
     shares = _shares(clusters, _vote_weights(len(answers), policy, weights))
     winner = _winner(shares)
@@ -126,36 +150,53 @@ def judge(
         and shares[winner] >= policy.min_agreement - _TIE
     )
     timed_out = [place == NOT_COMPARED for place in clusters.labels]
-    right = None
+    majority_right, target = None, None
     if labeled:
         # The gauge of the vote: how often the majority would have been right where we can know.
-        right = winner is not None and any(
-            score > 0.5 and place == winner
-            for place, score in zip(clusters.labels, verified, strict=True)
+        majority_right = winner is not None and any(
+            good and place == winner for place, good in zip(clusters.labels, right, strict=True)
         )
-        rewards, outcome, target = list(map(float, verified)), VERIFIED, None
+        scores, outcome = list(map(float, verified)), VERIFIED
         timed_out = [answer is TIMED_OUT for answer in answers]
     elif policy.kind != "verified_only" and votes and winner is not None:
         # Membership, not a second comparison, decides.
-        rewards = [float(place == winner) for place in clusters.labels]
+        scores = [float(place == winner) for place in clusters.labels]
         outcome, target = VOTED, clusters.clusters[winner][0]
     elif policy.kind != "verified_only" and policy.otherwise == "soft":
-        rewards = [shares[place] if place >= 0 else 0.0 for place in clusters.labels]
-        outcome, target = SOFT, None
+        scores = [shares[place] if place >= 0 else 0.0 for place in clusters.labels]
+        outcome = SOFT
     else:
         dropped = policy.kind == "verified_only" or policy.otherwise == "drop"
-        rewards, target = [0.0] * len(answers), None
-        outcome = DROPPED if dropped else NO_VOTE
+        scores, outcome = [0.0] * len(answers), DROPPED if dropped else NO_VOTE
+    teaches = outcome not in (NO_VOTE, DROPPED)
+    marks: Sequence[float] = scores
+    if labeled:
+        rewards, marks = list(map(float, managed)), list(map(float, right))
+    elif teaches:
+        each = zip(scores, managed, verified, strict=True)
+        rewards = [score + (made - given) for score, made, given in each]
+    else:
+        rewards = scores
     return Verdict(
-        rewards=rewards,
+        rewards=_filled(rewards, timed_out),
+        scores=_filled(scores, timed_out),
+        weights=[float(teaches and not late) for late in timed_out],
+        right=[None if late else mark for mark, late in zip(marks, timed_out, strict=True)],
         outcome=outcome,
         target=target,
         agreement=agreement(clusters),
         answer_entropy=_entropy([count for _, count in clusters.clusters]),
-        majority_right=right,
+        majority_right=majority_right,
         votes=votes,
         timed_out=timed_out,
     )
+
+
+def _filled(values: Sequence[float], missing: Sequence[bool]) -> list[float]:
+    """[G] with the mean of the others in place of those that are missing; 0 if all are."""
+    known = [value for value, gone in zip(values, missing, strict=True) if not gone]
+    mean = math.fsum(known) / len(known) if known else 0.0
+    return [mean if gone else value for value, gone in zip(values, missing, strict=True)]
 
 
 def _vote_weights(

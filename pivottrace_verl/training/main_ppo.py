@@ -10,6 +10,7 @@ verl cannot vote.
 from __future__ import annotations
 
 import ctypes
+import inspect
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ from verl.trainer.main_ppo import TaskRunnerV1, run_ppo
 from verl.trainer.ppo.utils import need_critic, need_reference_policy
 from verl.utils.config import validate_config
 from verl.utils.device import auto_set_device
+from verl.utils.import_utils import load_extern_object
 
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.plugin import disabled
@@ -70,9 +72,23 @@ def stock(config: DictConfig) -> DictConfig:
     return config
 
 
+def fit_reward_arguments(config: DictConfig) -> None:
+    """Take `answers`, which our own reward function has, out of the arguments of one that has not:
+    a recipe that names its own function keeps ours in the configuration below it."""
+    settings = config.reward.custom_reward_function
+    if settings.path is None or "answers" not in (settings.get("reward_kwargs") or {}):
+        return
+    parameters = inspect.signature(load_extern_object(settings.path, settings.name)).parameters
+    if any(p.name == "answers" or p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return
+    with open_dict(config):
+        del settings.reward_kwargs["answers"]
+
+
 def run(config: DictConfig) -> None:
     """Validate and run one training job to its end."""
     auto_set_device(config)
+    fit_reward_arguments(config)
     validate_config(
         config=config,
         use_reference_policy=need_reference_policy(config),

@@ -19,10 +19,12 @@ def step_metrics(records: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, flo
     """Aggregate (uid, record) pairs.
 
     Per route: `prompts`, `rollouts`, `reward` (mean), `mixed`, `all_right`, `all_wrong` (shares of
-    the groups: rewards differ, are all 1, all 0; only mixed groups teach), `agreement`, `weight`,
-    `timed_out` (share of the rollouts whose answer could not be compared in time), `pivot_density`
-    (over traced rollouts); for self_train `no_vote`, `soft` and `dropped` (shares of the groups,
-    by what became of a vote that was tied or weak), and `pseudo_label_accuracy` where labels exist.
+    the groups whose rollouts, by the label or the vote, are right in part, all or none; those that
+    timed out left out; only mixed groups teach, unless the reward manager adds to the score),
+    `agreement`, `weight` (mean over the rollouts), `timed_out` (share of the rollouts whose answer
+    could not be compared in time), `pivot_density` (over traced rollouts); for self_train
+    `no_vote`, `soft` and `dropped` (shares of the groups, by what became of a vote that was tied or
+    weak), and `pseudo_label_accuracy` where labels exist.
     Over all: `pivottrace/capture/{traced,missed}`.
     """
     routes: dict[str, dict[str, list[dict[str, Any]]]] = defaultdict(lambda: defaultdict(list))
@@ -37,8 +39,10 @@ def step_metrics(records: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, flo
     }
     for route, groups in routes.items():
         rows = [row for group in groups.values() for row in group]
-        rewards = [[row["reward"] for row in group] for group in groups.values()]
-        low, high = np.array([(min(group), max(group)) for group in rewards]).T
+        marks = [[r["right"] for r in g if r["right"] is not None] for g in groups.values()]
+        # A group of which all timed out is neither.
+        low = np.array([min(group, default=np.nan) for group in marks])
+        high = np.array([max(group, default=np.nan) for group in marks])
         first = [group[0] for group in groups.values()]
         densities = [row["pivot_density"] for row in rows if row["traced"]]
         known = [row["majority_right"] for row in first if row["majority_right"] is not None]
@@ -51,7 +55,7 @@ def step_metrics(records: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, flo
             "all_right": float(np.mean(low == 1)),
             "all_wrong": float(np.mean(high == 0)),
             "agreement": float(np.mean([row["agreement"] for row in first])),
-            "weight": float(np.mean([row["weight"] for row in first])),
+            "weight": float(np.mean([row["weight"] for row in rows])),
         }
         if densities:
             values["pivot_density"] = float(np.mean(densities))

@@ -145,5 +145,10 @@ NAMES = (
         "groups that are not trained on are looked at before they go",
         ("self", "partition_id", "uids"),
     ),
+    Name(
+        "verl.trainer.ppo.v1.replay_buffer:ReplayBuffer.sample",
+        "prompts without a rollout are counted in what it returns",
+        ("self", "global_steps", "partition_id", "batch_size"),
+    ),
     Name("vllm.v1.engine.async_llm:AsyncLLM.errored", "says that the engine of a server is dead"),
 )

@@ -2,7 +2,8 @@
 
 Switched on by `reward.custom_reward_function.path=pkg://pivottrace_verl.training.reward`. Runs
 once a rollout in verl's reward workers and never sees the rest of the group; the vote is taken in
-`agent_loop`. Every row returns the same keys, because verl aggregates them by column.
+`agent_loop`, which also says what a function in its place should return. Every row returns the same
+keys, because verl aggregates them by column.
 """
 
 from __future__ import annotations

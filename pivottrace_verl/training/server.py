@@ -20,6 +20,7 @@ from pivottrace_verl.attention.channel import Receiver, Trace
 from pivottrace_verl.attention.config import CaptureConfig
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.pivots import DetectorConfig, signal
+from pivottrace_verl.training.watch import LOST
 
 
 class PivotVLLMServer(vLLMHttpServer):
@@ -80,7 +81,7 @@ class PivotVLLMServer(vLLMHttpServer):
             # Other nodes of a replica have no engine of their own.
             if self.node_rank == 0 and self.engine.errored:
                 raise PivotTraceError(
-                    f"The vLLM engine of rollout replica {self.replica_rank} died."
+                    f"The vLLM engine of rollout replica {self.replica_rank} died. {LOST}"
                 )
             await asyncio.sleep(1.0)
 

@@ -47,6 +47,8 @@ class PivotTrainerMixin(PPOTrainer):
     """Mix in front of one of verl's V1 trainers."""
 
     train_dataloader_it: Any
+    _failed_prompts = 0
+    """Since the latest step."""
 
     def _init_dataloader(self) -> None:
         super()._init_dataloader()
@@ -104,9 +106,20 @@ class PivotTrainerMixin(PPOTrainer):
                 done = uids & buffer.finished_keys[partition]
                 keys = [k for k in buffer.partitions[partition] if k.split("_", 1)[0] in done]
                 self._set_aside += queue.records_of(keys, partition)
+                self._failed_prompts += len(uids & buffer.failure_keys[partition])
             clear(partition, uids)
 
         buffer._clear_groups = keep_and_clear
+        sample = buffer.sample
+
+        def sample_and_count(global_steps: int, partition_id: str, batch_size: int) -> Any:
+            batch, metrics = sample(global_steps, partition_id, batch_size)
+            if partition_id == "train":
+                found = {key.split("_", 1)[0] for key in batch.keys}
+                self._failed_prompts += batch_size - len(found)
+            return batch, metrics
+
+        buffer.sample = sample_and_count
 
     def fit(self, agent_loop_manager: Any) -> None:
         with Watch(self._signs_of_life(agent_loop_manager)):
@@ -116,7 +129,7 @@ class PivotTrainerMixin(PPOTrainer):
         """Every process that a rollout passes through."""
         signs: dict[str, Callable[[], Any]] = {}
         for i, worker in enumerate(agent_loop_manager.agent_loop_workers):
-            signs[f"agent-loop worker {i}"] = worker.__ray_ready__.remote
+            signs[f"agent-loop worker {i}"] = partial(worker.pivottrace_watch.remote, POLL_S)
         for i, worker in enumerate(self.get_reward_handles() or ()):
             signs[f"reward worker {i}"] = worker.__ray_ready__.remote
         for manager in self._rollout_server_managers():
@@ -167,7 +180,12 @@ class PivotTrainerMixin(PPOTrainer):
         ours, sentences = self.steering.end(self.global_steps, records, self._set_aside)
         self._set_aside = []
         metrics.update(ours)
-        metrics["pivottrace/rollouts/failed"] = failed_rollouts(records)
+        failed, lost = failed_rollouts(records), float(self._failed_prompts)
+        self._failed_prompts = 0
+        metrics["pivottrace/rollouts/failed"] = failed
+        metrics["pivottrace/prompts/failed"] = lost
+        if failed or lost:
+            sentences = [*sentences, failures(self.global_steps, failed, lost)]
         # Of all the step's mini-batches, which separate_async trains one by one.
         metrics.update(advantage_scales(*zip(*self._scaled, strict=True)))
         self._scaled = []
@@ -228,6 +246,15 @@ def tell(sentences: Sequence[str]) -> None:
     """Into the job's log, as verl prints its own: loggers are muted by what the job imports."""
     for sentence in sentences:
         print(f"pivottrace: {sentence}", flush=True)
+
+
+def failures(step: int, rollouts: float, prompts: float) -> str:
+    """What failed in a step: `rollouts` of the groups that it trained on, and `prompts` of which
+    nothing was left to train on, or for which an asynchronous trainer took another."""
+    return (
+        f"In step {step} {rollouts:.0f} rollouts failed of prompts that were trained on, and "
+        f"{prompts:.0f} prompts failed; the log says of each why."
+    )
 
 
 def failed_rollouts(records: Sequence[tuple[str, Mapping[str, Any]]]) -> float:

@@ -8,8 +8,8 @@ doing ends with one sentence. `Patience` bounds the wait for the next finished p
     with Watch({"agent-loop worker 0": worker.__ray_ready__.remote, ...}):
         super().fit(manager)
 
-An actor that is busy is not dead: only Ray's own word for it counts, or the error that the sign of
-life raises.
+An actor that is busy is not dead: only Ray's own word for it counts, or the PivotTraceError that
+the sign of life raises, whose sentence is the one to end with.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ from pivottrace_verl.errors import PivotTraceError
 
 POLL_S = 2.0
 """Seconds between two rounds."""
+LOST = (
+    "Rollouts were lost with it, so training stops; started again, it goes on from the last "
+    "checkpoint."
+)
+"""What the death of a process means."""
 GRACE_S = 60.0
 """Seconds that an interrupted main thread has to leave the block; then the process ends."""
 
@@ -86,11 +91,8 @@ class Watch:
                     continue  # a network that fails for a moment is no death
                 except (ray.exceptions.RayError, PivotTraceError) as error:
                     said = getattr(error, "cause", None)
-                    why = str(said) if isinstance(said, PivotTraceError) else f"The {name} died."
-                    self._said = (
-                        f"{why} Rollouts were lost with it, so training stops; started again, it "
-                        "goes on from the last checkpoint."
-                    )
+                    refused = isinstance(said, PivotTraceError)
+                    self._said = str(said) if refused else f"The {name} died. {LOST}"
             return self._said
 
     def _run(self) -> None:

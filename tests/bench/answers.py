@@ -8,7 +8,7 @@ else: of the same batch once more, with the workers' replies at hand. `ours_betw
 that of the run that waited: after a sleep, code and data have to come back into the processor's
 caches, which costs more than the work, and the same if nothing is compared meanwhile. `labels` are
 canonical forms of distinct labels. Median of the repeats; no answer is known beforehand in any of
-them.
+them. What else the agent loop does for a rollout, `tests.bench.group_hook` measures.
 """
 
 import argparse

@@ -25,6 +25,19 @@ def test_nothing_that_depends_on_a_label_is_kept_without_one():
     assert (group.pass_rate, group.majority_right) == (None, None)
 
 
+def test_the_pass_rate_is_of_right_rollouts_whatever_their_reward_and_leaves_out_what_timed_out():
+    rows = [("u", record("a", reward=r, right=float(r > 0))) for r in (-1.0, -1.5, 0.5, -1.0)]
+    rows.append(("u", record("a", reward=-0.75, timed_out=True)))
+    (group,) = observed(rows)
+    assert (group.pass_rate, group.labeled) == (0.25, True)
+    assert group.reward == pytest.approx(-0.75)
+
+
+def test_a_group_of_which_all_timed_out_is_as_one_without_a_label():
+    (group,) = observed([("u", record("a", reward=0.0, timed_out=True))] * 2)
+    assert (group.labeled, group.pass_rate, group.majority_right) == (False, None, None)
+
+
 def test_what_was_not_traced_or_not_asked_for_has_no_value():
     lost = {"traced": False, "logprob": None}
     one = record("a", reward=1.0)

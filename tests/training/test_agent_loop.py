@@ -1,102 +1,19 @@
-"""The group hook: sessions of one prompt wait for each other and are judged once."""
+"""The group hook: what becomes of the sessions of one prompt."""
 
 import asyncio
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
+import ray
 
-from pivottrace_verl.answers import get_answers
 from pivottrace_verl.errors import PivotTraceError
-from pivottrace_verl.pivots import DetectorConfig
-from pivottrace_verl.training.groups import VotePolicy
 
 agent_loop = pytest.importorskip(
     "pivottrace_verl.training.agent_loop", reason="verl is not installed"
 )
 
-EXACT = get_answers("exact")
-
-
-class Output:
-    """What the hook reads of verl's AgentLoopOutput."""
-
-    def __init__(self, answer: str | None, score: float = 0.0) -> None:
-        info = {"pred": answer or "", "score": score, "timed_out": 0.0}
-        self.extra_fields = {"reward_extra_info": info}
-        self.response_logprobs: list[float] | None = None
-        self.response_mask: list[int] = []
-
-
-async def session(group: Any, number: int, output: Output, delay: float, labeled: bool) -> float:
-    await asyncio.sleep(delay)
-    group.arrive(number, output)
-    reward, *_ = await group.reward(number, labeled=labeled, kind=EXACT, policy=VotePolicy())
-    return float(reward)
-
-
-def rewards(answers: list[str | None], delays: list[float], labeled: bool = False,
-            scores: list[float] | None = None) -> list[float]:  # fmt: skip
-    async def run() -> list[float]:
-        group = agent_loop.Group(len(answers))
-        outputs = [
-            Output(a, s) for a, s in zip(answers, scores or [0.0] * len(answers), strict=True)
-        ]
-        return await asyncio.gather(
-            *(session(group, i, o, delays[i], labeled) for i, o in enumerate(outputs))
-        )
-
-    return asyncio.run(asyncio.wait_for(run(), timeout=10))
-
-
-def test_each_session_gets_its_own_reward_whatever_the_order_of_arrival() -> None:
-    answers: list[str | None] = ["7", "9", "7", None]
-    for delays in ([0, 0, 0, 0], [0.03, 0.02, 0.01, 0], [0, 0.03, 0, 0.01]):
-        assert rewards(answers, delays) == [1.0, 0.0, 1.0, 0.0]
-
-
-def test_a_labeled_group_gets_the_verifiers_scores() -> None:
-    assert rewards(["7", "7", "9"], [0, 0, 0], labeled=True, scores=[0.0, 0.0, 1.0]) == [0, 0, 1]
-
-
-def test_a_session_that_fails_is_not_waited_for_and_does_not_vote() -> None:
-    async def run() -> list[float]:
-        group = agent_loop.Group(3)
-
-        async def fails() -> float:
-            await asyncio.sleep(0.02)
-            group.leave(2)
-            return -1.0
-
-        return await asyncio.gather(
-            session(group, 0, Output("7"), 0.0, False),
-            session(group, 1, Output("7"), 0.0, False),
-            fails(),
-        )
-
-    assert asyncio.run(asyncio.wait_for(run(), timeout=10)) == [1.0, 1.0, -1.0]
-
-
-def test_leaving_after_arriving_is_not_counted_twice() -> None:
-    async def run() -> bool:
-        group = agent_loop.Group(2)
-        group.arrive(0, Output("7"))
-        group.leave(0)
-        return group._complete.is_set()
-
-    assert asyncio.run(run()) is False
-
-
-def test_the_weight_that_a_rollout_arrives_with_is_that_of_its_vote() -> None:
-    async def run() -> list[float]:
-        group = agent_loop.Group(3)
-        for number, (answer, weight) in enumerate([("7", 0.1), ("9", 0.9), ("9", 0.8)][::-1]):
-            group.arrive(number, Output(answer), weight)
-        policy = VotePolicy(kind="weighted", quorum=1)
-        return [
-            (await group.reward(i, labeled=False, kind=EXACT, policy=policy))[0] for i in range(3)
-        ]
-
-    assert asyncio.run(run()) == [1.0, 1.0, 0.0]
+from tests.group_hook import HookWorker, outputs_of  # noqa: E402
 
 
 def rollout(mask: list[int], logprobs: list[float] | None = None) -> Any:
@@ -111,12 +28,12 @@ def rollout(mask: list[int], logprobs: list[float] | None = None) -> Any:
     )
 
 
-def test_length_and_mean_log_probability_are_of_what_the_policy_generated() -> None:
-    turns = rollout([1, 0, 0, 1], [-1.0, 0.0, 0.0, -3.0])
-    assert agent_loop.generated([turns]) == (2, -2.0)
-    assert agent_loop.generated([turns, rollout([1], [-8.0])]) == (3, -4.0)
-    assert agent_loop.generated([rollout([1, 1])]) == (2, None)
-    assert agent_loop.generated([rollout([0], [0.0])]) == (0, None)
+def test_the_mean_log_probability_is_of_what_the_policy_generated() -> None:
+    turns = rollout([1, 0, 0, 1], [-1.0, 5.0, 5.0, -3.0])
+    assert agent_loop.mean_logprob([turns]) == -2.0
+    assert agent_loop.mean_logprob([turns, rollout([1], [-8.0])]) == -4.0
+    assert agent_loop.mean_logprob([rollout([1, 1])]) is None
+    assert agent_loop.mean_logprob([rollout([0], [0.0])]) is None
 
 
 @pytest.mark.parametrize(
@@ -141,38 +58,10 @@ def test_the_answer_is_read_from_the_last_turn_only(mask: list[int], left: list[
     assert output.response_mask == mask and output.response_ids == list(range(len(mask)))
 
 
-def test_a_group_knows_how_many_sessions_failed() -> None:
-    group = agent_loop.Group(4)
-    for number in range(3):
-        group.arrive(number, Output("7"))
-    group.leave(3)
-    assert group.failed == 1 and group._complete.is_set()
-
-
-class Worker(agent_loop.PivotAgentLoopWorker):
-    """The hook alone: verl's own start, and its reward workers, left out. The scorer reads the
-    first token of what it is given as the answer."""
-
-    def __init__(self, size: int, said: tuple[str, ...] = ("pred", "score")) -> None:
-        self._kind, self._policy, self._said = EXACT, VotePolicy(), said
-        self._waiting, self._logprobs, self._detector = self._policy, True, DetectorConfig(tau=0.1)
-        self._groups = {"u": agent_loop.Group(size)}
-        self._rollouts = {("u", i): agent_loop.Rollout(f"{i}", capture=True) for i in range(size)}
-
-    async def _compute_score(self, outputs: list[Any], kwargs: dict[str, Any]) -> None:
-        info = {"pred": str(outputs[-1].response_ids[0]), "score": 0.0}
-        outputs[-1].extra_fields["reward_extra_info"] = {name: info[name] for name in self._said}
-
-    async def session(self, number: int, *outputs: Any) -> float | None:
-        """The reward of a session; None where it failed."""
-        info = {"pt_id": "p", "route": "self_train", "labeled": False}
-        kwargs = {"uid": "u", "session_id": number, "extra_info": info}
-        try:
-            await self._judge(list(outputs), kwargs)
-        except (RuntimeError, PivotTraceError):
-            self._groups["u"].leave(number)
-            return None
-        return float(outputs[-1].reward_score)
+class Tokenizer:
+    def decode(self, tokens: list[int], skip_special_tokens: bool) -> str:
+        assert skip_special_tokens
+        return f"#### {tokens[0]}"
 
 
 def answers(first: int, mask: list[int] | None = None) -> Any:
@@ -181,46 +70,219 @@ def answers(first: int, mask: list[int] | None = None) -> Any:
     return output
 
 
-def together(worker: Worker, *outputs: Any) -> list[float | None]:
-    async def run() -> list[float | None]:
-        return await asyncio.gather(
-            *(worker.session(i, *(o if isinstance(o, tuple) else (o,)))
-              for i, o in enumerate(outputs))
-        )  # fmt: skip
+def make(
+    *sessions: Any,
+    says: Callable[[str], Any] = lambda answer: {"pred": answer, "score": 0.0},
+    adds: Callable[[Any], float] = lambda output: 0.0,
+    aborted: Sequence[int] = (),
+    **settings: Any,
+) -> HookWorker:
+    """A worker whose sessions give these outputs. The reward function reads the first token of what
+    it is given as the answer; `says` makes of that what it returns, `adds` is what the reward
+    manager adds to its score."""
+    agent = outputs_of(sessions)
 
-    return asyncio.run(asyncio.wait_for(run(), timeout=10))
+    def generate(rollout: Any, uid: str, session: int) -> list[Any]:
+        if session in aborted:
+            rollout.turn(2).aborted = True
+        return agent(rollout, uid, session)
+
+    def score(output: Any) -> tuple[float, dict[str, Any]]:
+        result = says(str(output.response_ids[0]))
+        # As verl's reward managers do.
+        info = dict(result) if isinstance(result, dict) else {"acc": result}
+        found = result["score"] if isinstance(result, dict) else result
+        return found + adds(output), info
+
+    return HookWorker(generate, score, tokenizer=Tokenizer(), **settings)
 
 
-def test_a_rollout_that_was_aborted_or_is_empty_has_no_vote_and_no_reward() -> None:
-    worker = Worker(5)
-    worker._rollouts["u", 0].turn(2).aborted = True
-    outputs = [answers(9), rollout([]), answers(9), answers(7), answers(7)]
-    # With the aborted one 9 and 7 would tie.
-    assert together(worker, *outputs) == [None, None, 0.0, 1.0, 1.0]
-    assert outputs[4].extra_fields["pivottrace"]["failed"] == 2
+def become(worker: HookWorker, size: int, validate: bool = False) -> list[Any]:
+    return asyncio.run(asyncio.wait_for(worker.prompt(size, validate), timeout=10))
+
+
+def together(*sessions: Any, **settings: Any) -> list[Any]:
+    """What becomes of each session of a group: its reward, None without a trajectory, its error."""
+    return become(make(*sessions, **settings), len(sessions))
+
+
+def record(output: Any) -> dict[str, Any]:
+    return dict(output.extra_fields["pivottrace"])
+
+
+def test_a_rollout_that_was_aborted_or_is_empty_ends_without_vote_trajectory_or_error() -> None:
+    outputs = [answers(9), rollout([]), answers(9), answers(7), answers(7), ()]
+    # With the aborted one 9 and 7 would tie. An error would cost the group in an async trainer.
+    assert together(*outputs, aborted=[0]) == [None, None, 0.0, 1.0, 1.0, None]
+    assert record(outputs[4])["failed"] == 3
     assert "pivottrace" not in outputs[0].extra_fields
 
 
-def test_a_group_of_which_one_rollout_is_left_has_no_vote() -> None:
-    worker = Worker(2)
-    worker._rollouts["u", 1].turn(2).aborted = True
+def test_a_group_of_which_no_rollout_is_left_fails_with_the_last_of_them() -> None:
+    first, second, third = together(answers(9), rollout([]), answers(7), aborted=[0, 2])
+    assert (first, second) == (None, None)
+    assert isinstance(third, RuntimeError) and "Rollout 2 of prompt p failed: the eng" in str(third)
+
+
+def test_a_group_of_which_one_rollout_is_left_has_no_vote_and_teaches_nothing() -> None:
     outputs = [answers(7), answers(7)]
-    assert together(worker, *outputs) == [0.0, None]
-    assert outputs[0].extra_fields["pivottrace"]["outcome"] == "no_vote"
+    assert together(*outputs, aborted=[1]) == [0.0, None]
+    assert (record(outputs[0])["outcome"], record(outputs[0])["weight"]) == ("no_vote", 0.0)
 
 
 def test_all_trajectories_of_a_rollout_carry_its_weight_and_one_its_record() -> None:
-    worker = Worker(2)
     first, last = rollout([1, 1, 1]), rollout([0, 1], [0.0, -2.0])
     last.response_ids[1] = 7
-    assert together(worker, (first, last), answers(7)) == [1.0, 1.0]
+    assert together((first, last), answers(7)) == [1.0, 1.0]
     assert first.extra_fields["pivottrace"] == {"route": "self_train", "weight": 1.0}
-    record = last.extra_fields["pivottrace"]
-    assert (record["n_tokens"], record["logprob"], record["traced"]) == (4, -2.0, False)
+    found = record(last)
+    assert (found["n_tokens"], found["logprob"], found["traced"]) == (4, -2.0, False)
 
 
-def test_a_reward_function_that_tells_no_answer_fails_the_rollouts() -> None:
-    assert together(Worker(2, said=("score",)), answers(7), answers(7)) == [None, None]
+def test_what_was_not_compared_in_time_teaches_nothing_and_looks_like_the_others() -> None:
+    says = {
+        "7": {"pred": "7", "score": 1.0, "acc": 1.0, "timed_out": 0.0},
+        "8": {"pred": "8", "score": 0.0, "acc": 0.0, "timed_out": 1.0},
+    }
+    for labeled in (True, False):
+        outputs = [answers(7), answers(7), answers(8), answers(7)]
+        assert together(*outputs, says=says.__getitem__, labeled=labeled) == [1.0] * 4
+        assert [record(o)["weight"] for o in outputs] == [1.0, 1.0, 0.0, 1.0]
+        assert [record(o)["right"] for o in outputs] == [1.0, 1.0, None, 1.0]
+        infos = [o.extra_fields["reward_extra_info"] for o in outputs]
+        # verl's filter sees a group of one value.
+        assert [(i["score"], i["acc"]) for i in infos] == [(1.0, 1.0)] * 4
+
+
+def graded(answer: str) -> float:
+    """A reward function that returns a bare score: 7 is right."""
+    return 1.0 if answer == "7" else -1.0
+
+
+@pytest.mark.parametrize(
+    "says",
+    [
+        graded,
+        lambda answer: {"score": graded(answer)},
+        # As verl's math_dapo.
+        lambda answer: {"score": graded(answer), "acc": answer == "7", "pred": answer},
+    ],
+)
+def test_any_reward_function_of_verls_trains_labelled_prompts_and_votes_are_read_by_us(
+    says: Callable[[str], Any],
+) -> None:
+    outputs = [answers(9), answers(7), answers(9)]
+    assert together(*outputs, says=says, labeled=True) == [-1.0, 1.0, -1.0]
+    assert [record(o)["right"] for o in outputs] == [0.0, 1.0, 0.0]
+    assert record(outputs[0])["majority_right"] is False
+    assert record(outputs[0])["agreement"] == pytest.approx(2 / 3)
+    outputs = [answers(9), answers(7), answers(9)]
+    assert together(*outputs, says=says) == [1.0, 0.0, 1.0]
+    info = outputs[0].extra_fields["reward_extra_info"]
+    assert (info["score"], info["acc"]) == (1.0, 1.0)
+
+
+def test_a_reward_that_the_agent_loop_gave_is_trained_on() -> None:
+    outputs = [answers(9), answers(7)]
+    for output, reward in zip(outputs, (0.25, 0.75), strict=True):
+        output.reward_score = reward
+    assert together(*outputs, labeled=True) == [0.25, 0.75]
+    assert [record(o)["right"] for o in outputs] == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("pred", ["", None, "[INVALID]"])
+def test_a_group_does_not_agree_on_having_no_answer(pred: Any) -> None:
+    outputs = [answers(1), answers(2), answers(3)]
+    assert together(*outputs, says=lambda _: {"pred": pred, "score": 0.0}) == [0.0] * 3
+    assert record(outputs[0])["outcome"] == "no_vote"
+
+
+def late(output: Any) -> float:
+    """A penalty of responses of more than two tokens, as DAPO's manager has one."""
+    return -0.5 if len(output.response_ids) > 2 else 0.0
+
+
+def test_what_the_reward_manager_adds_is_kept_beside_label_and_vote_but_is_not_the_score() -> None:
+    for labeled in (True, False):
+        outputs = [answers(7), answers(7, [1, 1, 1]), answers(9), answers(9, [1] * 4), answers(7)]
+        says = {"7": {"pred": "7", "score": 1.0, "acc": 1.0},
+                "9": {"pred": "9", "score": 0.0, "acc": 0.0}}  # fmt: skip
+        found = together(*outputs, says=says.__getitem__, adds=late, labeled=labeled)
+        assert found == [1.0, 0.5, 0.0, -0.5, 1.0]
+        infos = [o.extra_fields["reward_extra_info"] for o in outputs]
+        assert [i["acc"] for i in infos] == [i["score"] for i in infos] == [1, 1, 0, 0, 1]
+        assert [record(o)["right"] for o in outputs] == [1, 1, 0, 0, 1]
+        assert record(outputs[0])["majority_right"] is (True if labeled else None)
+
+
+def test_a_waiting_prompt_teaches_nothing() -> None:
+    outputs = [answers(7), answers(7), answers(7)]
+    assert together(*outputs, route="annotate", otherwise="soft") == [0.0] * 3
+    assert {(record(o)["outcome"], record(o)["weight"]) for o in outputs} == {("dropped", 0.0)}
+
+
+def test_one_rollout_of_a_labelled_prompt_is_trained_on_as_it_is() -> None:
+    output = answers(7)
+    assert together(output, says=graded, labeled=True) == [1.0]
+    assert (record(output)["right"], record(output)["weight"]) == (1.0, 1.0)
+
+
+def refuses(answer: str) -> Any:
+    raise PivotTraceError("The answers cannot be compared.")
+
+
+def breaks(answer: str) -> Any:
+    # As Ray raises what a reward worker raised.
+    raise ray.exceptions.RayTaskError("score", "a traceback", ValueError("no truth"))
+
+
+@pytest.mark.parametrize(
+    ("says", "labeled", "sentence"),
+    [
+        (refuses, True, r"^The answers cannot be compared\.$"),
+        (refuses, False, r"^The answers cannot be compared\.$"),
+        (breaks, False, r"prompt p, which has no label \(ValueError: no truth\): where ground_tr"),
+        (breaks, True, None),
+    ],
+)
+def test_what_would_fail_every_rollout_is_told_to_whoever_watches(
+    says: Callable[[str], Any], labeled: bool, sentence: str | None
+) -> None:
+    worker = make(answers(7), answers(7), says=says, labeled=labeled)
+    assert all(isinstance(error, Exception) for error in become(worker, 2))
+    if sentence is None:
+        # One of verl's failed rollouts, as in stock verl.
+        asyncio.run(worker.pivottrace_watch(0.01))
+    else:
+        with pytest.raises(PivotTraceError, match=sentence):
+            asyncio.run(worker.pivottrace_watch(60.0))
+
+
+def test_validation_passes_through_untouched_but_for_what_is_told_to_whoever_watches() -> None:
+    outputs = [answers(7), rollout([])]
+    outputs[1].reward_score = 0.5
+    worker = make(*outputs, says=graded)
+    assert become(worker, 2, validate=True) == [1.0, 0.5]
+    assert outputs[0].extra_fields["reward_extra_info"] == {"acc": 1.0}
+    assert all("pivottrace" not in output.extra_fields for output in outputs)
+    asyncio.run(worker.pivottrace_watch(0.01))
+    worker = make(answers(7), says=refuses)
+    assert isinstance(become(worker, 1, validate=True)[0], PivotTraceError)
+    with pytest.raises(PivotTraceError, match="cannot be compared"):
+        asyncio.run(worker.pivottrace_watch(60.0))
+
+
+def test_the_watch_ends_at_once_when_a_session_is_refused_meanwhile() -> None:
+    worker = make(answers(7), answers(7), says=refuses)
+
+    async def run() -> None:
+        watch = asyncio.ensure_future(worker.pivottrace_watch(60.0))
+        await asyncio.sleep(0)
+        await worker.prompt(2)
+        await watch
+
+    with pytest.raises(PivotTraceError, match=r"cannot be compared\.$"):
+        asyncio.run(asyncio.wait_for(run(), timeout=10))
 
 
 def test_request_seeds_depend_on_prompt_step_and_rollout_only() -> None:

@@ -182,3 +182,35 @@ def test_lora_is_accepted_where_rollouts_see_the_adapter(rank: str) -> None:
         checks.check(composed(*RECIPE, TAU, rank, separate))
     merged = "actor_rollout_ref.model.lora.merge=true"
     checks.check(composed(*RECIPE, TAU, rank, separate, merged))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kept"),
+    [
+        ("data_source, solution_str, ground_truth, extra_info=None", False),
+        ("data_source, solution_str, ground_truth, extra_info=None, answers='math'", True),
+        ("**everything", True),
+    ],
+)
+def test_a_reward_function_gets_our_argument_only_if_it_takes_it(
+    tmp_path: Path, arguments: str, kept: bool
+) -> None:
+    main = pytest.importorskip("pivottrace_verl.training.main_ppo")
+    file = tmp_path / "reward.py"
+    file.write_text(f"def mine({arguments}):\n    return 1.0\n")
+    config = composed(
+        f"reward.custom_reward_function.path={file}",
+        "reward.custom_reward_function.name=mine",
+        "+reward.custom_reward_function.reward_kwargs.limit=3",
+    )
+    main.fit_reward_arguments(config)
+    wanted = {"answers": "math", "limit": 3} if kept else {"limit": 3}
+    assert config.reward.custom_reward_function.reward_kwargs == wanted
+
+
+def test_our_own_reward_function_and_verls_keep_the_configuration() -> None:
+    main = pytest.importorskip("pivottrace_verl.training.main_ppo")
+    for more in ((), ("reward.custom_reward_function.path=null",)):
+        config = composed(*more)
+        main.fit_reward_arguments(config)
+        assert config == composed(*more)

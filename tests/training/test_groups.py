@@ -83,24 +83,76 @@ def test_a_single_vote_is_below_the_quorum() -> None:
     assert verdict(["7", None, None]).outcome == NO_VOTE
 
 
-def test_a_rollout_that_timed_out_has_no_vote_and_no_reward_and_is_marked() -> None:
+def test_a_rollout_that_timed_out_has_no_vote_and_teaches_nothing_and_is_marked() -> None:
     result = verdict(["7", "7", TIMED_OUT, TIMED_OUT, TIMED_OUT, None])
-    assert result.rewards == [1.0, 1.0, 0.0, 0.0, 0.0, 0.0]
+    assert result.rewards == result.scores == [1.0, 1.0, 2 / 3, 2 / 3, 2 / 3, 0.0]
+    assert result.weights == [1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+    assert result.right == [1.0, 1.0, None, None, None, 0.0]
     assert (result.target, result.agreement) == ("7", 2 / 6)
     assert result.timed_out == [False, False, True, True, True, False]
     assert verdict([TIMED_OUT] * 3).outcome == NO_VOTE
 
 
 def test_a_labeled_group_marks_what_could_not_be_compared_with_the_label() -> None:
-    result = verdict(["7", TIMED_OUT], verified=[1.0, 0.0], labeled=True)
-    assert (result.rewards, result.timed_out) == ([1.0, 0.0], [False, True])
+    answers = ["7", "7", TIMED_OUT, "7"]
+    result = verdict(answers, verified=[1.0, 1.0, 0.0, 1.0], labeled=True)
+    assert result.rewards == [1.0] * 4
+    assert result.timed_out == [False, False, True, False]
+    assert result.weights == [1.0, 1.0, 0.0, 1.0]
+    assert result.right == [1.0, 1.0, None, 1.0]
+
+
+def test_a_group_of_which_all_timed_out_teaches_nothing() -> None:
+    for labeled in (True, False):
+        result = verdict([TIMED_OUT] * 3, verified=[0.0] * 3, labeled=labeled)
+        assert (result.rewards, result.weights) == ([0.0] * 3, [0.0] * 3)
+        assert result.right == [None] * 3
+
+
+@pytest.mark.parametrize("policy", [{}, {"otherwise": "drop"}, {"kind": "verified_only"}])
+def test_a_group_without_a_reward_has_no_advantage_whatever_the_estimator(policy: Any) -> None:
+    assert verdict(["7", "9"], **policy).weights == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("policy", [{}, {"otherwise": "soft"}])
+def test_a_group_with_a_reward_has_its_advantages(policy: Any) -> None:
+    assert verdict(["7", "7"], **policy).weights == [1.0, 1.0]
+    assert verdict(["7", "9"], otherwise="soft").weights == [1.0, 1.0]
+    assert verdict(["7", "9"], [0.0, 0.0], labeled=True).weights == [1.0, 1.0]
+
+
+def test_what_the_reward_manager_adds_is_kept_where_there_is_a_reward() -> None:
+    added = [0.0, -0.5, 0.0, -0.5]
+
+    def judged(answers: list[Answer], scores: list[float], labeled: bool, **policy: Any) -> Verdict:
+        managed = [score + more for score, more in zip(scores, added, strict=True)]
+        return judge(answers, scores, managed=managed, labeled=labeled, kind=EXACT,
+                     policy=VotePolicy(**policy))  # fmt: skip
+
+    known = judged(["7", "7", "9", "9"], [1.0, 1.0, -1.0, -1.0], True)
+    assert known.rewards == [1.0, 0.5, -1.0, -1.5]
+    assert (known.scores, known.right) == ([1.0, 1.0, -1.0, -1.0], [1.0, 1.0, 0.0, 0.0])
+    voted = judged(["7", "7", "9", "7"], [0.0] * 4, False)
+    assert (voted.rewards, voted.scores) == ([1.0, 0.5, 0.0, 0.5], [1.0, 1.0, 0.0, 1.0])
+    soft = judged(["7", "7", "9", "9"], [0.0] * 4, False, otherwise="soft")
+    assert soft.rewards == [0.5, 0.0, 0.5, 0.0]
+    # Nothing to teach: nothing that verl's filter could take for it.
+    assert judged(["7", "7", "9", "9"], [0.0] * 4, False).rewards == [0.0] * 4
+    late = judged(["7", "7", TIMED_OUT, "9"], [1.0, 1.0, 0.0, 0.0], True)
+    assert late.rewards == pytest.approx([1.0, 0.5, 1 / 3, -0.5])
+
+
+def test_whether_an_answer_is_right_is_the_verifiers_word_where_it_has_one() -> None:
+    result = judge(["7", "9"], [0.4, 0.3], right=[True, False], labeled=True, kind=EXACT,
+                   policy=VotePolicy())  # fmt: skip
+    assert (result.rewards, result.right) == ([0.4, 0.3], [1.0, 0.0])
 
 
 def test_answers_that_time_out_against_each_other_are_marked_in_the_vote_only() -> None:
     math = get_answers("math")
     answers = ["3", "3", "9^{9^{9^{9}}}"]
     voted = judge(answers, [0.0] * 3, labeled=False, kind=math, policy=VotePolicy())
-    assert (voted.rewards, voted.timed_out) == ([1.0, 1.0, 0.0], [False, False, True])
+    assert (voted.weights, voted.timed_out) == ([1.0, 1.0, 0.0], [False, False, True])
     known = judge(answers, [0.0, 0.0, 1.0], labeled=True, kind=math, policy=VotePolicy())
     assert (known.rewards, known.timed_out) == ([0.0, 0.0, 1.0], [False, False, False])
 
@@ -265,10 +317,29 @@ def test_a_vote_rewards_those_who_gave_its_answer_and_nobody_without_one(
     rollouts: list[tuple[Any, Any]], policy: dict[str, Any]
 ) -> None:
     result = held(rollouts, policy)
+    known = [answer is not TIMED_OUT for answer, _ in rollouts]
     if result.outcome == VOTED:
-        assert result.rewards == [float(answer == result.target) for answer, _ in rollouts]
-    for reward, (answer, _) in zip(result.rewards, rollouts, strict=True):
-        assert 0.0 <= reward <= (1.0 if isinstance(answer, str) else 0.0)
+        right = [float(answer == result.target) for answer, _ in rollouts]
+        assert result.right == [r if k else None for r, k in zip(right, known, strict=True)]
+    for reward, weight, (answer, _) in zip(result.rewards, result.weights, rollouts, strict=True):
+        assert 0.0 <= reward <= 1.0
+        if answer is None:
+            assert reward == 0.0
+        if answer is TIMED_OUT or result.outcome in (NO_VOTE, DROPPED):
+            assert weight == 0.0
+
+
+@quick
+@given(votes, policies, st.booleans())
+def test_a_timed_out_rollout_does_not_move_what_the_others_are_compared_with(
+    rollouts: list[tuple[Any, Any]], policy: dict[str, Any], labeled: bool
+) -> None:
+    answers = [answer for answer, _ in rollouts]
+    result = verdict(answers, [float(a == "1") for a in answers], labeled, **policy)
+    known = [r for r, late in zip(result.rewards, result.timed_out, strict=True) if not late]
+    if known:
+        mean = sum(known) / len(known)
+        assert sum(result.rewards) / len(result.rewards) == pytest.approx(mean)
 
 
 @quick

@@ -24,6 +24,20 @@ def test_groups_are_counted_as_mixed_all_right_and_all_wrong() -> None:
     assert metrics["pivottrace/annotate/all_wrong"] == 0.5
 
 
+def test_groups_are_counted_by_what_is_right_and_without_what_timed_out() -> None:
+    right = {"reward": 0.5, "right": 1.0}
+    wrong = {"reward": -1.0, "right": 0.0}
+    late = {"reward": 0.0, "timed_out": True, "weight": 0.0}
+    groups = {"a": (right, right, late), "b": (wrong, {**wrong, "reward": -1.5}), "c": (late, late),
+              "d": (right, wrong)}  # fmt: skip
+    rows = [(key, record("annotate", **more)) for key, group in groups.items() for more in group]
+    metrics = step_metrics(rows)
+    for name in ("all_right", "all_wrong", "mixed"):
+        assert metrics[f"pivottrace/annotate/{name}"] == 0.25
+    assert metrics["pivottrace/annotate/weight"] == pytest.approx(6 / 9)
+    assert metrics["pivottrace/annotate/timed_out"] == pytest.approx(3 / 9)
+
+
 def test_routes_are_reported_apart_and_missed_traces_are_counted() -> None:
     rows = [
         ("a", record("annotate", 1.0, majority_right=True)),

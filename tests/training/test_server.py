@@ -49,6 +49,17 @@ def test_a_replica_on_several_machines_is_refused_with_a_sentence(server):
     assert ENV_ENDPOINT not in os.environ
 
 
+def test_an_engine_that_died_is_told_at_once_with_what_it_means(server):
+    def watched(errored):
+        engine = SimpleNamespace(errored=errored)
+        made = make_server(server, node_rank=0, replica_rank=3, engine=engine)
+        asyncio.run(made.pivottrace_watch(1.0))
+
+    watched(False)
+    with pytest.raises(PivotTraceError, match=r"rollout replica 3 died\. Rollouts were lost"):
+        watched(True)
+
+
 class Engine:
     """Stands in for verl's own server: what its `generate` ends with."""
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from omegaconf import OmegaConf
 
 from pivottrace_verl.curriculum import ROUTES
 from pivottrace_verl.errors import PivotTraceError
@@ -144,6 +145,52 @@ def test_the_scale_of_the_advantages_is_by_route_and_leaves_padding_out() -> Non
 def test_failed_sessions_are_counted_once_a_group() -> None:
     records = [("a", {"failed": 2}), ("a", {"failed": 2}), ("b", {"failed": 0})]
     assert trainer.failed_rollouts(records) == 2.0
+
+
+class Buffer:
+    """What the trainer uses of verl's replay buffer: a batch of the prompts of which a rollout is
+    left."""
+
+    def __init__(self) -> None:
+        self.poll_interval = 2.0
+        self.partitions = {"train": {"a_0_0": {}, "a_1_0": {}, "c_0_0": {}}, "val": {}}
+        self.finished_keys: dict[str, set[str]] = {"train": {"a", "c"}, "val": set()}
+        self.failure_keys = {"train": {"b", "e"}, "val": {"v"}}
+
+    def _wait_for_next_poll(self, partition: str, last_debug_time: float) -> float:
+        return last_debug_time
+
+    def _clear_groups(self, partition: str, uids: set[str]) -> None:
+        self.failure_keys[partition] -= uids
+
+    def sample(self, global_steps: int, partition_id: str, batch_size: int) -> Any:
+        return SimpleNamespace(keys=list(self.partitions[partition_id])), {}
+
+
+def test_prompts_that_failed_are_counted_whether_verl_replaces_them_or_not() -> None:
+    one = object.__new__(trainer.PivotTrainerSync)
+    one.replay_buffer = buffer = Buffer()
+    settings = {"pivottrace": {"poll_interval_s": None, "stall_timeout_s": None}}
+    one.config = OmegaConf.create(settings)
+    one.checkpoint_manager = SimpleNamespace(update_weights=lambda _: None)
+    one.global_steps, one._set_aside = 0, []
+    one.on_init_end()
+    # As the asynchronous trainers do with a group of which a session failed.
+    buffer._clear_groups("train", {"b"})
+    assert one._failed_prompts == 1
+    # The synchronous one trains on what there is: of "a" and "c", of three prompts.
+    buffer.sample(global_steps=1, partition_id="train", batch_size=3)
+    assert one._failed_prompts == 2
+    buffer._clear_groups("val", {"v"})
+    buffer.sample(global_steps=1, partition_id="val", batch_size=3)
+    assert one._failed_prompts == 2
+
+
+def test_what_failed_in_a_step_is_one_sentence() -> None:
+    assert trainer.failures(7, 3.0, 1.0) == (
+        "In step 7 3 rollouts failed of prompts that were trained on, and 1 prompts failed; the "
+        "log says of each why."
+    )
 
 
 @pytest.mark.parametrize("mode", ["sync", "colocate_async", "separate_async"])
