@@ -173,7 +173,7 @@ class DeviceCapture:
                 raise RuntimeError(
                     f"Attention capture expected the {request.computed} tokens of the first "
                     f"request {request.key!r} at place {place} of the batch, where "
-                    f"{end - start} are; set PIVOTTRACE_DISABLE=1 to run without capture."
+                    f"{end - start} are; {WITHOUT_CAPTURE}."
                 )
             last = query[end - 1]
             if query.element_size() == 1:
