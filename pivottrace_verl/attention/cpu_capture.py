@@ -47,6 +47,7 @@ from pivottrace_verl.attention.support import key_layout, score_rule, sliding_wi
 from pivottrace_verl.attention.task import Task
 from pivottrace_verl.pivots import FEATURES
 
+NEVER = torch.iinfo(torch.long).max
 _NO_BATCH: tuple[list[str], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = (
     [],
     (torch.empty(0), torch.empty(0), torch.empty(0)),
@@ -106,6 +107,8 @@ class Capture:
             self._send,
             scheduled_rows=not task.place.is_last_stage,
         )
+        # vLLM may split the scheduler's blocks into smaller ones.
+        self._kernel_block = task.followed.module.kv_cache.shape[2]
         self._unchecked = [FIRST] * len(self.layers)
         self._unsent = FIRST
         self._drafts: dict[str, list[int]] = {}
@@ -264,31 +267,32 @@ class Capture:
 
     def _begin(self, metadata: Any) -> Step | None:
         """Which queries of this step are rows; None when there are none."""
-        prompts, starts, owners = self._batch_rows()
-        ends = metadata.query_start_loc[1 : len(owners) + 1]
-        tokens = ends.to(torch.long) - 1
-        positions = metadata.seq_lens[: len(owners)].to(torch.long) - 1
-        table = metadata.block_table[: len(owners)]
-        if self._drafts:
+        firsts, starts, owners = self._batch_rows()
+        n = len(owners)
+        positions = metadata.seq_lens[:n].to(torch.long) - 1
+        table = metadata.block_table[:n]
+        tokens = None  # one query a request, in the batch's order
+        if metadata.max_query_len > 1 or self._drafts:
+            tokens = metadata.query_start_loc[1 : n + 1].to(torch.long) - 1
+        if tokens is not None and self._drafts:
             request, back = self._drafted()
             tokens, positions = tokens[request] - back, positions[request] - back
-            prompts, starts = prompts[request], starts[request]
+            firsts, starts = firsts[request], starts[request]
             owners, table = owners[request], table[request]
-        wanted = (owners != NOBODY) & (positions >= prompts - 1)
-        batch = None
+        wanted, batch = positions >= firsts, None
         if not bool(wanted.all()):
             batch = wanted.nonzero().squeeze(1)
             if len(batch) == 0:
                 return None
-            tokens, positions, starts = tokens[batch], positions[batch], starts[batch]
+            tokens = batch if tokens is None else tokens[batch]
+            positions, starts = positions[batch], starts[batch]
             table, owners = table[batch], owners[batch]
-        # vLLM may split the scheduler's blocks into smaller ones.
-        kernel_block = self.task.followed.module.kv_cache.shape[2]
+        slots = metadata.slot_mapping[:n] if tokens is None else metadata.slot_mapping[tokens]
         return Step(
             batch=batch,
-            tokens=tokens if batch is not None or metadata.max_query_len > 1 else None,
-            rows=StepRows(table, positions, starts, kernel_block, self.task.config),
-            slots=metadata.slot_mapping[tokens].to(torch.long),
+            tokens=tokens,
+            rows=StepRows(table, positions, starts, self._kernel_block, self.task.config),
+            slots=slots.to(torch.long),
             owners=owners,
         )
 
@@ -301,10 +305,11 @@ class Capture:
         return torch.tensor(request), torch.tensor(back)
 
     def _batch_rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """(prompt lengths, response starts, owners) in batch order; kept while the batch stays the
-        same."""
+        """(positions that choose a first token, response starts, owners) in batch order, the first
+        out of reach where a request did not ask; kept while the batch stays the same."""
         req_ids = self.runner.input_batch.req_ids
         if req_ids != self._batch[0]:
             prompts, starts, owners = map(torch.from_numpy, self.tracker.rows_of(req_ids))
-            self._batch = (list(req_ids), (prompts, starts, owners))
+            firsts = (prompts - 1).masked_fill(owners == NOBODY, NEVER)
+            self._batch = (list(req_ids), (firsts, starts, owners))
         return self._batch[1]

@@ -1,13 +1,15 @@
 """What capturing attention costs: decoding with it, beside stock decoding and the alternatives.
 
-    python -m tests.bench.attention --out FILE.json [--dtypes float32] [--rounds 3] [--quick]
+    python -m tests.bench.attention --out FILE.json [--dtypes float32] [--rounds 5] [--quick]
 
 With `--dtypes` one at a time it can be run in pieces: what FILE.json holds of other dtypes stays.
 
 Engines of their own processes take turns on the same prompts: `off` (stock), `layers_2` and
 `layers_4` (captured), `copy_2` (forward hooks that copy each request's queries and keys of two
-layers at every step, as vllm-lens does; its softmax afterwards is not counted). Reported are median
-ratios of decoding speed to `off` in the same round, and the time inside our hooks. Beside them: a
+layers at every step, as vllm-lens does; its softmax afterwards is not counted). Two processes that
+do the same differ by up to 5% for as long as they live, so each one also decodes with nothing
+captured, in turn: reported are the median ratio of its two speeds in a round, the time inside our
+hooks, and what the stock process needs. Beside them: a
 Hugging Face eager forward with `output_attentions` over the same tokens, the reference's time as
 the context grows, the store's bytes a token, and, as a model and not a measurement, the share of
 bytes that capture would add to a decode step on a GPU.
@@ -78,37 +80,45 @@ class Child:
 def alternate(
     model: Path, dtype: str, batches: dict[str, tuple[int, int, int]], rounds: int, vocabulary: int
 ) -> dict[str, Any]:
-    """Every mode in every round, in turns; the first round warms up and is left out."""
+    """Every mode in every round, in turns, with and without requests that ask; the first round
+    warms up and is left out."""
     longest = max(prompt + new for _, prompt, new in batches.values())
     children = {mode: Child(mode, model, dtype, longest) for mode in MODES}
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {
+    found: dict[str, dict[str, list[Pair]]] = {
         name: {mode: [] for mode in MODES} for name in batches
     }
     for turn in range(rounds + 1):
         for name, (n, prompt, new) in batches.items():
             for mode in MODES[turn % len(MODES) :] + MODES[: turn % len(MODES)]:
-                answer = children[mode].ask(
-                    seed=turn, vocabulary=vocabulary, n=n, prompt=prompt, new=new
-                )
+                pair = {}
+                for ask in (True, False) if turn % 2 else (False, True):
+                    pair[ask] = children[mode].ask(
+                        seed=2 * turn + ask, vocabulary=vocabulary, n=n, prompt=prompt, new=new,
+                        ask=ask,
+                    )  # fmt: skip
                 if turn:
-                    found[name][mode].append(answer)
-                print(f"{dtype} {name} round {turn} {mode}: {answer}", flush=True)
+                    found[name][mode].append((pair[True], pair[False]))
+                print(f"{dtype} {name} round {turn} {mode}: {pair}", flush=True)
     for child in children.values():
         child.close()
     return {name: summary(runs, batches[name]) for name, runs in found.items()}
 
 
-def summary(runs: dict[str, list[dict[str, Any]]], batch: tuple[int, int, int]) -> dict[str, Any]:
-    stock = runs["off"]
+Pair = tuple[dict[str, Any], dict[str, Any]]
+"""What one process answered in a round: asked for traces, and not asked."""
+
+
+def summary(runs: dict[str, list[Pair]], batch: tuple[int, int, int]) -> dict[str, Any]:
     out: dict[str, Any] = {"requests": batch[0], "prompt": batch[1], "new": batch[2], "modes": {}}
-    for mode, own in runs.items():
-        ratios = [a["step"] and b["step"] / a["step"] for a, b in zip(own, stock, strict=True)]
+    for mode, pairs in runs.items():
+        ratios = [idle["step"] / asked["step"] for asked, idle in pairs]
         out["modes"][mode] = {
-            "step_ms": round(1e3 * median(run["step"] for run in own), 3),
+            "step_ms": round(1e3 * median(asked["step"] for asked, _ in pairs), 3),
+            "idle_step_ms": round(1e3 * median(idle["step"] for _, idle in pairs), 3),
             "speed_over_off": round(median(ratios), 4),
             "speed_over_off_each": [round(ratio, 4) for ratio in ratios],
-            "hooks_ms": round(1e3 * median(run["hooks"] for run in own), 3),
-            "traced": sum(run["traced"] for run in own),
+            "hooks_ms": round(1e3 * median(asked["hooks"] for asked, _ in pairs), 3),
+            "traced": sum(asked["traced"] for asked, _ in pairs),
         }
     return out
 
@@ -257,7 +267,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--dtypes", default="float32,bfloat16")
     parser.add_argument("--quick", action="store_true", help="a tiny model: does it work at all?")
     asked = parser.parse_args()
@@ -270,7 +280,7 @@ def main() -> None:
     for dtype, batches in found["decoding"].items():
         for name, batch in batches.items():
             for mode, own in batch["modes"].items():
-                print(f"{dtype} {name} {mode}: {own['speed_over_off']} of stock's speed, "
+                print(f"{dtype} {name} {mode}: {own['speed_over_off']} of the speed without, "
                       f"{own['hooks_ms']} of {own['step_ms']} ms in hooks")  # fmt: skip
                 if own["speed_over_off"] < LEAST[name].get(mode, 0.0):
                     missed.append(f"speed {dtype} {name} {mode}")

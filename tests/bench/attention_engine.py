@@ -2,9 +2,10 @@
 
     python -m tests.bench.attention_engine MODE MODEL DTYPE LONGEST
 
-Reads one JSON request a line (seed, vocabulary, n, prompt, new) and answers with one line: seconds
-of a decode step and of our hooks in it, mean over the steps in which all requests decode, and how
-many complete traces arrived. MODE is `off`, `layers_N` or `copy_N`.
+Reads one JSON request a line (seed, vocabulary, n, prompt, new, ask) and answers with one line:
+seconds of a decode step and of our hooks in it, mean over the steps in which all requests decode,
+and how many complete traces arrived; without `ask` nothing is captured or copied. MODE is `off`,
+`layers_N` or `copy_N`.
 """
 
 import itertools
@@ -53,12 +54,15 @@ class Clock:
         setattr(owner, name, timed)
 
 
-def copy_queries_and_keys(llm: Any, layers: tuple[int, ...], clock: Clock) -> list[Any]:
-    """Hooks as vllm-lens has them: each request's queries and keys of this step, copied."""
+def copy_queries_and_keys(llm: Any, layers: tuple[int, ...], clock: Clock) -> tuple[list[Any], Any]:
+    """Hooks as vllm-lens has them: each request's queries and keys of this step, copied. Returns
+    the copies, and what has the switch `asked`."""
     context = runner_of(llm).compilation_config.static_forward_context
     kept: list[Any] = []
 
     class Copy:
+        asked = True
+
         @staticmethod
         def each(query: Any, key: Any, metadata: Any) -> None:
             starts = metadata.query_start_loc.tolist()
@@ -73,12 +77,12 @@ def copy_queries_and_keys(llm: Any, layers: tuple[int, ...], clock: Clock) -> li
         def forward(layer: Any, query: Any, key: Any, *rest: Any, _run: Any = module.impl.forward,
                     **more: Any) -> Any:  # fmt: skip
             out = _run(layer, query, key, *rest, **more)
-            if rest[2] is not None:
+            if rest[2] is not None and Copy.asked:
                 Copy.each(query, key, rest[2])
             return out
 
         module.impl.forward = forward
-    return kept
+    return kept, Copy
 
 
 def decode(llm: Any, clock: Clock, request: dict[str, Any]) -> dict[str, Any]:
@@ -95,7 +99,9 @@ def decode(llm: Any, clock: Clock, request: dict[str, Any]) -> dict[str, Any]:
             max_tokens=request["new"],
             ignore_eos=True,
             detokenize=False,
-            extra_args={"pivottrace": {"key": f"{request['seed']}-{i}"}},
+            extra_args={"pivottrace": {"key": f"{request['seed']}-{i}"}}
+            if request["ask"]
+            else None,
         )
         llm.llm_engine.add_request(f"{request['seed']}-{i}", {"prompt_token_ids": ids}, params)
     started: set[str] = set()
@@ -135,20 +141,22 @@ def main() -> None:
         max_num_batched_tokens=max(2048, int(longest)),
         enable_prefix_caching=False,
     )
-    clock, kept = Clock(), []
+    clock, kept, copies = Clock(), [], None
     if receiver is not None:
         receiver.wait_ready(5.0)
         for capture in vllm_hooks._captures:
             for name in ("observe", "record", "finish"):
                 clock.time(capture, name)
     elif kind == "copy":
-        kept = copy_queries_and_keys(llm, layers, clock)
+        kept, copies = copy_queries_and_keys(llm, layers, clock)
     for line in sys.stdin:
         request = json.loads(line)
+        if copies is not None:
+            copies.asked = request["ask"]
         answer = decode(llm, clock, request)
         kept.clear()
         traced = 0
-        if receiver is not None:
+        if receiver is not None and request["ask"]:
             vllm_hooks.flush()
             for i in range(request["n"]):
                 key = f"{request['seed']}-{i}"

