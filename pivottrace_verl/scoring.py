@@ -154,7 +154,7 @@ def _check_settings(run: RunDir, settings: dict[str, Any]) -> None:
     before = run.manifest.get("settings", {}).get("score")
     if before is not None:
         # There was no choice when a manifest without an entry was written.
-        before = {**before, "score": {"capture": "on", **before["score"]}}
+        before = {**before, "score": {"capture": "on", **before.get("score", {})}}
     if before is not None and before != settings and run.finished_parts():
         changed = sorted(
             f"{group}.{name}: {before.get(group, {}).get(name)!r} on disk, {value!r} asked for"

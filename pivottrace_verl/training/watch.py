@@ -41,7 +41,8 @@ GRACE_S = 60.0
 
 class Watch:
     """Watches from `with` to its end; an error that leaves the block while something is dead
-    becomes a PivotTraceError that says so."""
+    becomes a PivotTraceError that says so, and what a process refuses is raised at the latest when
+    the block is left."""
 
     def __init__(self, signs: Mapping[str, Callable[[], Any]]) -> None:
         self._signs = dict(signs)
@@ -50,6 +51,7 @@ class Watch:
         self._left = threading.Event()
         self._lock = threading.Lock()
         self._said: str | None = None
+        self._refused = False
         self._thread = threading.Thread(target=self._run, name="pivottrace-watch", daemon=True)
 
     def __enter__(self) -> Watch:
@@ -70,6 +72,11 @@ class Watch:
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
         if error is None:
+            # Steps may be shorter than a round: rollouts that were refused in the last ones are
+            # missing. A process that dies after them is not missed.
+            self.look()
+            if self._refused:
+                raise PivotTraceError(self._said)
             return
         if self._said is None and not isinstance(error, PivotTraceError):
             # verl may meet the dead process before the next round does.
@@ -91,8 +98,8 @@ class Watch:
                     continue  # a network that fails for a moment is no death
                 except (ray.exceptions.RayError, PivotTraceError) as error:
                     said = getattr(error, "cause", None)
-                    refused = isinstance(said, PivotTraceError)
-                    self._said = str(said) if refused else f"The {name} died. {LOST}"
+                    self._refused = isinstance(said, PivotTraceError)
+                    self._said = str(said) if self._refused else f"The {name} died. {LOST}"
             return self._said
 
     def _run(self) -> None:

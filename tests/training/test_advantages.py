@@ -67,7 +67,11 @@ def a_trainer(estimator: str = "grpo", **weights: float) -> Any:
             },
             "data": {"train_batch_size": 4},
             "actor_rollout_ref": {"rollout": {"n": 4}},
-            "pivottrace": {"poll_interval_s": 0.25, "stall_timeout_s": None},
+            "pivottrace": {
+                "poll_interval_s": 0.25,
+                "stall_timeout_s": None,
+                "capture": {"enable": False},
+            },
         }
     )
     made.steering = Steering(items, ids[:4], SteeringConfig.of(block, 4, 4), lambda rows: [])

@@ -97,6 +97,15 @@ def test_what_a_process_says_itself_is_the_sentence(worker_class: Any) -> None:
         sleep()
 
 
+def test_what_is_refused_just_before_the_end_is_not_missed(worker_class: Any) -> None:
+    worker = worker_class.remote()
+    refused = worker.watch.remote()
+    ray.wait([refused])
+    signs, said = {"agent-loop worker 0": lambda: refused}, "cannot be compared"
+    with pytest.raises(PivotTraceError, match=said), watch.Watch(signs):
+        pass
+
+
 def test_an_error_that_the_dead_process_caused_becomes_the_same_sentence(
     worker_class: Any,
 ) -> None:
