@@ -21,7 +21,16 @@ import typer
 from pivottrace_verl import ui
 from pivottrace_verl.cli_annotate import annotate_app
 from pivottrace_verl.cli_attention import calibrate
-from pivottrace_verl.cli_base import AsJson, RunPath, Seed, opened, run_app, told
+from pivottrace_verl.cli_base import (
+    AsJson,
+    EngineOptions,
+    RunPath,
+    Seed,
+    engine_options,
+    opened,
+    run_app,
+    told,
+)
 from pivottrace_verl.cli_estimators import estimators
 from pivottrace_verl.cli_score import score
 from pivottrace_verl.cli_triage import export, probe, triage
@@ -153,13 +162,20 @@ def evaluate(
     run: RunPath,
     when: Annotated[str, typer.Argument(help="before or after training.")],
     samples: Annotated[int, typer.Option(min=1, help="Rollouts a prompt at T=1.")] = 4,
+    engine: EngineOptions = None,
     seed: Seed = 0,
 ) -> None:
     """Validation accuracy of the model before or after training: sampled, and greedy beside it."""
     from pivottrace_verl.planning import evaluate_run
 
     with ExitStack() as stack:
-        result, fresh = evaluate_run(opened(run, stack), when, samples=samples, seed=seed)
+        result, fresh = evaluate_run(
+            opened(run, stack),
+            when,
+            samples=samples,
+            seed=seed,
+            engine_options=engine_options(engine),
+        )
     # A figure that was kept by an earlier version does not have it.
     late = result.get("timed_out", 0.0)
     ui.say(

@@ -9,7 +9,15 @@ from typing import Annotated, Any
 import typer
 
 from pivottrace_verl import ui
-from pivottrace_verl.cli_base import AsJson, RunPath, Seed, opened, told
+from pivottrace_verl.cli_base import (
+    AsJson,
+    EngineOptions,
+    RunPath,
+    Seed,
+    engine_options,
+    opened,
+    told,
+)
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.pool import RunDir
 
@@ -31,6 +39,7 @@ def calibrate(
     max_prompt_tokens: Annotated[int, typer.Option(min=1)] = 512,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest rollout, in tokens.")] = 1024,
     temperature: Annotated[float, typer.Option(min=0.0)] = 1.0,
+    engine: EngineOptions = None,
     seed: Seed = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -49,7 +58,15 @@ def calibrate(
                 f"{run} is scored already, with the layers and heads in its manifest: choose heads "
                 "before `pivottrace score`, in a new run directory."
             )
-        made = _rollouts(opened_run, rollouts, max_prompt_tokens, max_tokens, temperature, seed)
+        made = _rollouts(
+            opened_run,
+            rollouts,
+            max_prompt_tokens,
+            max_tokens,
+            temperature,
+            seed,
+            engine_options(engine),
+        )
         bar = None if as_json else stack.enter_context(ui.Bar("replay"))
         candidates, distance, sink_mass = _measure(opened_run.model_path(), made, config, bar)
         chosen = choose(candidates, distance, sink_mass, config)
@@ -67,7 +84,13 @@ def calibrate(
 
 
 def _rollouts(
-    run: RunDir, n: int, max_prompt_tokens: int, max_tokens: int, temperature: float, seed: int
+    run: RunDir,
+    n: int,
+    max_prompt_tokens: int,
+    max_tokens: int,
+    temperature: float,
+    seed: int,
+    options: dict[str, Any],
 ) -> list[tuple[list[int], list[int]]]:
     """(prompt ids, output ids) of rollouts of prompts spread over the pool, without capture."""
     from pivottrace_verl.generation import Engine, Request
@@ -76,7 +99,10 @@ def _rollouts(
     prompts = run.pool()
     at = [i * len(prompts) // n for i in range(n)]
     with Engine(
-        run.model_path(), max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens
+        run.model_path(),
+        max_prompt_tokens=max_prompt_tokens,
+        max_tokens=max_tokens,
+        options=options,
     ) as engine:
         requests = []
         for i, place in enumerate(at):

@@ -6,6 +6,7 @@ most `LONGEST` characters and without control characters, since it may quote a f
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import warnings
@@ -37,6 +38,41 @@ MaxUnanswered = Annotated[
 MaxTruncated = Annotated[
     float, typer.Option(help="The same for truncated ones, whether or not they answer; 1: never.")
 ]
+
+EngineOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--engine",
+        metavar="NAME=VALUE",
+        help="One of vLLM's engine arguments, such as tensor_parallel_size=8 or "
+        "gpu_memory_utilization=0.6; may be repeated.",
+    ),
+]
+
+
+NOT_OPTIONS = {
+    "model": "the model is the one that `pivottrace init` was given",
+    "max_model_len": "the context is --max-prompt-tokens and --max-tokens together",
+    "enable_sleep_mode": "it is on where --capture replay needs it",
+}
+"""Engine arguments that are not the user's, and why."""
+
+
+def engine_options(words: list[str] | None) -> dict[str, Any]:
+    """Engine arguments by name; a value is read as JSON, and is itself if it is none."""
+    found: dict[str, Any] = {}
+    for word in words or ():
+        name, separator, text = word.partition("=")
+        if not separator or not name.isidentifier():
+            raise PivotTraceError(f"--engine takes NAME=VALUE, not {word!r}.")
+        if name in NOT_OPTIONS:
+            raise PivotTraceError(f"--engine cannot set {name}: {NOT_OPTIONS[name]}.")
+        try:
+            found[name] = json.loads(text)
+        except ValueError:
+            found[name] = text
+    return found
+
 
 LONGEST = 1500
 """Characters of an error message; the middle of a longer one is left out."""

@@ -8,7 +8,15 @@ from typing import Annotated
 import typer
 
 from pivottrace_verl import ui
-from pivottrace_verl.cli_base import RunPath, Seed, complain, opened, told
+from pivottrace_verl.cli_base import (
+    EngineOptions,
+    RunPath,
+    Seed,
+    complain,
+    engine_options,
+    opened,
+    told,
+)
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.score_columns import traced_rollouts
 
@@ -45,6 +53,7 @@ def score(
             "rollout once more in Hugging Face."
         ),
     ] = False,
+    engine: EngineOptions = None,
     seed: Seed = 0,
 ) -> None:
     """Roll out every prompt in vLLM with attention captured, and score its uncertainty.
@@ -68,7 +77,7 @@ def score(
         hidden_states=hidden_states,
         capture=capture,
     )
-    named = _numbers("--layers", layers)
+    named, options = _numbers("--layers", layers), engine_options(engine)
     detector = DetectorConfig(signal=signal, window=window, tau=tau)
     timings: dict[str, float] = {}
     with ExitStack() as stack:
@@ -81,7 +90,7 @@ def score(
             )
         what = CaptureConfig(window=window, **(chosen or {"layers": named}))
         with ui.timed(timings, "score"), ui.Bar("score") as bar:
-            score_pool(opened_run, config, what, detector, bar.update)
+            score_pool(opened_run, config, what, detector, bar.update, options)
         opened_run.update_manifest(timings=timings)
         table, manifest = opened_run.scores(), opened_run.manifest
         traced, total = traced_rollouts(table)

@@ -5,7 +5,7 @@ The same code and the same seeds before and after training, so the two figures c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,15 @@ def evaluate(
     max_tokens: int,
     samples: int = 4,
     seed: int = 0,
+    engine_options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Roll out the prompts at temperature 1 and greedily; the figures of `accuracy`."""
-    with Engine(model, max_prompt_tokens=max_prompt_tokens, max_tokens=max_tokens) as engine:
+    with Engine(
+        model,
+        max_prompt_tokens=max_prompt_tokens,
+        max_tokens=max_tokens,
+        options=engine_options,
+    ) as engine:
         ids = [engine.chat_ids(messages) for messages in prompts]
         sampled = engine.generate(
             [

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,7 +65,8 @@ class Engine:
     `max_tokens` bounds every rollout; the context is prompt plus that. On a CPU build the engine
     runs in float32 and eagerly; elsewhere vLLM's defaults hold. `trace_timeout` is the longest wait
     for the traces of a call of `generate`, in seconds after its last rollout; `shares_device` says
-    that `resting` will be used.
+    that `resting` will be used. `options` are vLLM's own engine arguments, such as
+    `tensor_parallel_size`, over what is chosen here.
     """
 
     def __init__(
@@ -78,12 +79,14 @@ class Engine:
         max_num_seqs: int = 256,
         trace_timeout: float = 30.0,
         shares_device: bool = False,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         if capture is not None and disabled():
             raise PivotTraceError(
                 "PIVOTTRACE_DISABLE=1 switches attention capture off: unset it, or score with "
                 "--capture replay or --capture off."
             )
+        self._chosen = dict(options or {})
         self._receiver: Any = None
         self._timeout = trace_timeout
         self._shares_device = shares_device
@@ -123,7 +126,9 @@ class Engine:
                 block_size=32,
                 # One engine process, not two: a message queue at every token costs more than it
                 # brings.
-                distributed_executor_backend="uni",
+                distributed_executor_backend=(
+                    "uni" if self._chosen.get("tensor_parallel_size", 1) == 1 else "mp"
+                ),
                 # vLLM 0.28 rewinds the generator of a seeded request whose prompt is prefilled in
                 # chunks by its offset, which a CPU generator does not have
                 # (v1/worker/gpu_model_runner.py, _bookkeeping_sync).
@@ -133,7 +138,14 @@ class Engine:
         elif self._shares_device:
             self._options["enable_sleep_mode"] = True
         try:
-            self._llm = LLM(model=self._model, **self._options)
+            self._llm = LLM(model=self._model, **{**self._options, **self._chosen})
+        except (TypeError, ValueError) as error:
+            if self._receiver is not None:
+                self._receiver.close()
+            if not self._chosen:
+                raise
+            given = ", ".join(f"{name}={value!r}" for name, value in self._chosen.items())
+            raise PivotTraceError(f"vLLM does not start with {given} ({error}).") from error
         except RuntimeError as error:
             if self._receiver is None:
                 raise

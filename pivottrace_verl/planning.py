@@ -7,6 +7,7 @@ and the files.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -141,7 +142,14 @@ def _keep_others(table: ModuleType, path: Path) -> None:
         ) from error
 
 
-def evaluate_run(run: RunDir, when: str, *, samples: int, seed: int) -> tuple[dict[str, Any], bool]:
+def evaluate_run(
+    run: RunDir,
+    when: str,
+    *,
+    samples: int,
+    seed: int,
+    engine_options: Mapping[str, Any] | None = None,
+) -> tuple[dict[str, Any], bool]:
     """Validation accuracy `before` or `after` training, kept in validation.json.
 
     Returns the figures and whether they were computed now; an evaluation that was made with the
@@ -185,6 +193,7 @@ def evaluate_run(run: RunDir, when: str, *, samples: int, seed: int) -> tuple[di
         max_tokens=settings["score"]["max_tokens"],
         samples=samples,
         seed=seed,
+        engine_options=engine_options,
     )
     kept[when] = {**result, "made_from": made_from}
     write_json_atomic(file, kept)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -84,8 +84,11 @@ def score(
     capture: CaptureConfig,
     detector: DetectorConfig,
     progress: Progress,
+    engine_options: Mapping[str, Any] | None = None,
 ) -> None:
     """Score every prompt of the run's pool that is not scored yet, then merge the parts.
+
+    `engine_options` say how vLLM runs, not what it computes: a resumed run may have others.
 
     Raises PivotTraceError if finished parts were made with other settings or by another version,
     if a prompt is longer than `max_prompt_tokens`, or if no rollout of the first part was traced
@@ -118,6 +121,7 @@ def score(
             max_tokens=config.max_tokens,
             capture=capture if captures else None,
             shares_device=replayer is not None,
+            options=engine_options,
         ) as engine:
             if captures and not finished:
                 run.update_manifest(traces=dict.fromkeys(engine.trace_counts, 0))

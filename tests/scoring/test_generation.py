@@ -24,7 +24,15 @@ request = Request([*range(100, 164), 9], seed=3)
 others = [Request([*range(100, 100 + n)], seed=n) for n in (40, 64, 70)]
 # Room for one trace, in a receiver that does not say how much it wants.
 Receiver.__init__.__defaults__ = (24 * 208,)
-with Engine(Path(sys.argv[1]), max_prompt_tokens=96, max_tokens=24, capture=CaptureConfig()) as e:
+from pivottrace_verl.errors import PivotTraceError
+size = dict(max_prompt_tokens=96, max_tokens=24)
+try:
+    Engine(Path(sys.argv[1]), **size, options={"no_such_option": 1}).__enter__()
+except PivotTraceError as error:
+    refused = str(error)
+options = {"max_num_seqs": 7}
+with Engine(Path(sys.argv[1]), **size, capture=CaptureConfig(), options=options) as e:
+    max_num_seqs = e._llm.llm_engine.vllm_config.scheduler_config.max_num_seqs
     runs = [e.generate([request])[0]]
     busy = e.generate(others)
     runs += [e.generate([request])[0], e.generate([request])[0]]
@@ -46,6 +54,8 @@ print(json.dumps({
              for run in runs[1:] for name in ("stats", "token_entropy", "self_certainty")],
     "order": [len(rollout.token_ids) for rollout in busy],
     "seconds": seconds,
+    "refused": refused,
+    "max_num_seqs": max_num_seqs,
 }))
 """
 
@@ -75,6 +85,11 @@ def test_the_same_request_gives_the_same_bits_whatever_came_before(found):
     assert found["same"] == [True] * 6
     assert len(found["order"]) == 3
     assert found["seconds"] > 0
+
+
+def test_engine_options_reach_vllm_and_unknown_ones_are_told(found):
+    assert found["max_num_seqs"] == 7
+    assert "vLLM does not start with no_such_option=1 (" in found["refused"]
 
 
 def test_no_trace_is_dropped_however_many_wait_to_be_collected(found):
