@@ -24,7 +24,7 @@ from pivottrace_verl.pool import RunDir
 LOCK = "PIVOTTRACE_TRAIN_LOCK"
 """Set for the job that `pivottrace train` starts: the descriptor of the lock that it inherits."""
 
-KEPT = ("owner.json", "arrivals.jsonl", "requests")
+KEPT = ("owner.json", "arrivals.jsonl", "requests.jsonl", "requests")
 """What belongs to the training, besides its checkpoints."""
 
 
