@@ -30,6 +30,8 @@ from pivottrace_verl.errors import PivotTraceError
 
 POLL_S = 2.0
 """Seconds between two rounds."""
+LAST_LOOK_S = 0.5
+"""Seconds that signs of life have to come when the block is left in peace."""
 LOST = (
     "Rollouts were lost with it, so training stops; started again, it goes on from the last "
     "checkpoint."
@@ -74,7 +76,7 @@ class Watch:
         if error is None:
             # Steps may be shorter than a round: rollouts that were refused in the last ones are
             # missing. A process that dies after them is not missed.
-            self.look()
+            self.look(timeout=LAST_LOOK_S)
             if self._refused:
                 raise PivotTraceError(self._said)
             return
@@ -103,9 +105,8 @@ class Watch:
             return self._said
 
     def _run(self) -> None:
-        while not self._left.wait(POLL_S):
-            if self.look() is not None:
-                break
+        while self.look() is None and not self._left.wait(POLL_S):
+            pass
         if self._said is None:
             return
         print(f"pivottrace: {self._said}", file=sys.stderr, flush=True)

@@ -2,6 +2,7 @@
 a real job with the curriculum, the votes and the capture on."""
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +31,9 @@ def job(work: Path, request: pytest.FixtureRequest) -> Iterator[Callable[..., Jo
     started: list[Job] = []
 
     def start(*overrides: str) -> Job:
-        started.append(Job(work, f"{request.node.name}-{len(started)}", *overrides))
+        # Hydra reads brackets in a path as a list.
+        name = re.sub(r"\W+", "-", request.node.name)
+        started.append(Job(work, f"{name}-{len(started)}", *overrides))
         return started[-1]
 
     yield start
