@@ -48,7 +48,7 @@ def tables(found: dict[str, Any]) -> str:
     for dtype, most in wanted["hooks_ms_layers_2"].items():
         spent = found["decoding"][dtype]["short"]["modes"]["layers_2"]["hooks_ms"]
         if spent > most:
-            missed.append(f"{spent:.2f} ms in the hooks of the short {dtype} batch ({most} wanted)")
+            missed.append(f"{spent:.3f} ms in the hooks of the short {dtype} batch ({most} wanted)")
     context, eager = found["context"], found["hf_output_attentions"]
     times = ", ".join(f"{value:.2f}" for value in context["ms_per_layer"])
     lengths = ", ".join(str(value) for value in context["contexts"])
@@ -56,7 +56,8 @@ def tables(found: dict[str, Any]) -> str:
     lines += [
         "",
         "- Two processes that do the same differ, too: not asked for anything, the four of a row "
-        f"(stock's among them) took {_idle(found)}.",
+        f"(stock's among them) took {_idle(found)}. Compared with itself in the same turns, which "
+        f"is what the measurement is worth, stock gave {_noise(found)}.",
         f"- Below what was wanted: {'; '.join(missed) or 'nothing'}.",
         "- Copies still lack their softmax, which comes afterwards and is not counted. A Hugging "
         f"Face eager forward with `output_attentions` over the first batch's tokens takes "
@@ -93,6 +94,17 @@ def _idle(found: dict[str, Any]) -> str:
             times = [mode["idle_step_ms"] for mode in batches[name]["modes"].values()]
             rows.append(f"{min(times):.1f} to {max(times):.1f}")
     return ", ".join(rows) + " ms"
+
+
+def _noise(found: dict[str, Any]) -> str:
+    """The range of ratios that should be 1."""
+    each = [
+        ratio
+        for batches in found["decoding"].values()
+        for batch in batches.values()
+        for ratio in batch["modes"]["off"]["speed_over_off_each"]
+    ]
+    return f"{min(each):.2f} to {max(each):.2f}"
 
 
 def _speed(mode: dict[str, Any]) -> str:
