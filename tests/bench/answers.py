@@ -95,7 +95,9 @@ def twice(clock: Clock, work: Callable[[], None]) -> Run:
     forget()
     clock.again()
     work()
-    return *first, clock.read()[2]
+    ours = clock.read()[2]
+    clock.reset()
+    return *first, ours
 
 
 def number(rng: random.Random, prompt: int) -> str:
