@@ -1,6 +1,7 @@
 """A small verl job with PivotTrace on: rows of both routes, two cores, a minute or two each."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -75,7 +76,12 @@ class Job:
         return {row["input"] for row in read_lines(self.folder / "rollouts" / f"{step}.jsonl")}
 
     def kill(self, name: str) -> int:
-        """SIGKILL the first of the job's processes whose command holds `name`."""
+        """SIGKILL the first of the job's processes whose command holds `name`, or which Ray calls
+        so where it prints: a title may be cut or changed."""
+        called = re.search(rf"\({name} pid=(\d+)\)", self.words())
+        if called:
+            os.kill(int(called[1]), signal.SIGKILL)
+            return int(called[1])
         for process in psutil.Process(self.process.pid).children(recursive=True):
             if name in " ".join(process.cmdline()):
                 process.send_signal(signal.SIGKILL)
