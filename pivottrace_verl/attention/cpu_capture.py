@@ -274,11 +274,11 @@ class Capture:
         tokens = None  # one query a request, in the batch's order
         if metadata.max_query_len > 1 or self._drafts:
             tokens = metadata.query_start_loc[1 : n + 1].to(torch.long) - 1
-        if tokens is not None and self._drafts:
-            request, back = self._drafted()
-            tokens, positions = tokens[request] - back, positions[request] - back
-            firsts, starts = firsts[request], starts[request]
-            owners, table = owners[request], table[request]
+            if self._drafts:
+                request, back = self._drafted()
+                tokens, positions = tokens[request] - back, positions[request] - back
+                firsts, starts = firsts[request], starts[request]
+                owners, table = owners[request], table[request]
         wanted, batch = positions >= firsts, None
         if not bool(wanted.all()):
             batch = wanted.nonzero().squeeze(1)

@@ -13,16 +13,9 @@ import pytest
 from pivottrace_verl.attention.channel import LOSSES
 from pivottrace_verl.curriculum import ROUTES
 from tests.e2e import two_turns
-from tests.e2e.verl_job import Job, prepare
+from tests.e2e.verl_job import Job
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("modes")
-    prepare(path)
-    return path
 
 
 @pytest.fixture

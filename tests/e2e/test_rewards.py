@@ -4,17 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.verl_job import Job, prepare
+from tests.e2e.verl_job import Job
 from tests.verl_jobs import read_lines
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("rewards")
-    prepare(path)
-    return path
 
 
 def function(name: str) -> tuple[str, str]:
