@@ -37,6 +37,7 @@ from pivottrace_verl.attention.config import (
 )
 from pivottrace_verl.attention.parts import merge
 from pivottrace_verl.attention.wire import QUEUE, Arrived, decode, decode_rows
+from pivottrace_verl.plugin import STATE, register_vllm
 
 logger = logging.getLogger(__name__)
 
@@ -179,6 +180,9 @@ class Receiver:
             ENV_CAPTURE: self.config.to_json(),
         }
         os.environ.update(self._environment)
+        if STATE["vllm"]["calls"]:
+            # vLLM loads plugins once per process, and here did before capture was asked for.
+            register_vllm()
         self._thread = threading.Thread(
             target=self._listen, args=(socket,), name="pivottrace-receiver", daemon=True
         )

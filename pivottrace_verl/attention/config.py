@@ -5,7 +5,8 @@ The owner of an engine sets the three environment variables below before the eng
 `SamplingParams.extra_args = {"pivottrace": {"key": "<unique string>"}}`; one that goes on with a
 rollout, its prompt being prompt and tokens so far, adds the length of the first prompt as
 `"prompt_tokens"`, so that prompt and response are told apart as if it had been one request
-(`channel.Trace.join` puts the traces together).
+(`channel.Trace.join` puts the traces together). With n > 1 the first of a request's outputs goes by
+its key and the i-th other one by `key/i`.
 """
 
 import dataclasses

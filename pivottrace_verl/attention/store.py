@@ -219,16 +219,12 @@ class Asked:
 
 def asked_by(new: Any, known: bool) -> Asked | None:
     """What a new request (`known`: of an id that runs already) asked for; None if nothing, or
-    nothing that can be traced, which is told.
-
-    The i-th child (i > 0) of a request with n > 1 shares its parent's arguments, and its trace goes
-    by `key/i`.
-    """
+    nothing that can be traced, which is told. Its own id is not read: callers choose it."""
     extra = getattr(new.sampling_params, "extra_args", None) or {}
     asked = extra.get(EXTRA_ARGS_NAME)
     if asked is None:
         return None
-    if not _well_formed(asked):
+    if not well_formed(asked):
         logger.warning(
             "Request %s gets no attention trace: extra_args[%r] must be {'key': '<unique string>'} "
             "and may have 'prompt_tokens', a whole number; it is %r.",
@@ -244,14 +240,12 @@ def asked_by(new: Any, known: bool) -> Asked | None:
             new.req_id,
         )
         return None
-    key, length = asked["key"], len(new.prompt_token_ids)
-    child, separator, _ = new.req_id.partition("_")
-    if separator and child.isdigit() and int(child):
-        key = f"{key}/{int(child)}"
-    return Asked(key, length, min(asked.get("prompt_tokens", length), length))
+    length = len(new.prompt_token_ids)
+    return Asked(asked["key"], length, min(asked.get("prompt_tokens", length), length))
 
 
-def _well_formed(asked: Any) -> bool:
+def well_formed(asked: Any) -> bool:
+    """Whether this, of a request's extra arguments, asks for a trace as it should."""
     if not isinstance(asked, dict) or not set(asked) <= {"key", "prompt_tokens"}:
         return False
     key, prompt_tokens = asked.get("key"), asked.get("prompt_tokens", 1)

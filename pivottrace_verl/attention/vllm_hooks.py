@@ -1,16 +1,21 @@
 """Where capture enters vLLM, and when.
 
-`install` (from the `vllm.general_plugins` entry point, in every process of vLLM) wraps one class
-method, `WorkerWrapperBase.initialize_from_config`. When a worker has its KV cache, and the
-environment asks for capture, instance attributes of that worker only are wrapped: by
-`device_capture.DeviceCapture` on a GPU, by `cpu_capture.Capture` on a CPU. Set-ups that cannot be
-captured stop the engine at start with a sentence.
+`install` (from the `vllm.general_plugins` entry point, in every process of vLLM) wraps two class
+methods, which act only where the environment asks for capture:
+
+- `WorkerWrapperBase.initialize_from_config`: when a worker has its KV cache, instance attributes of
+  that worker only are wrapped, by `device_capture.DeviceCapture` on a GPU, by `cpu_capture.Capture`
+  on a CPU. Set-ups that cannot be captured stop the engine at start with a sentence.
+- `ParentRequest.get_child_info`, in the process that takes the requests: the children of one with
+  n > 1 share its arguments, so each but the first is given a key of its own.
 """
 
 import functools
 import logging
 import os
 import weakref
+from collections.abc import Callable
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from pivottrace_verl.attention.config import (
@@ -18,11 +23,13 @@ from pivottrace_verl.attention.config import (
     ENV_DISABLE,
     ENV_ENDPOINT,
     ENV_TOKEN,
+    EXTRA_ARGS_NAME,
     CaptureConfig,
 )
 from pivottrace_verl.attention.cpu_capture import Capture
 from pivottrace_verl.attention.parts import divide
 from pivottrace_verl.attention.sender import Sender
+from pivottrace_verl.attention.store import well_formed
 from pivottrace_verl.attention.support import (
     check_engine,
     cpu_problem,
@@ -42,23 +49,51 @@ _captures: "weakref.WeakSet[Capture | DeviceCapture]" = weakref.WeakSet()
 
 
 def install() -> None:
-    """Wrap the worker class once per process; does nothing unless capture is asked for."""
+    """Wrap vLLM's classes once per process; does nothing unless capture is asked for."""
     if not _asked_for():
         return
+    from vllm.v1.engine.parallel_sampling import ParentRequest
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    original = WorkerWrapperBase.initialize_from_config
-    if hasattr(original, _MARK):
-        return
+    _wrap(WorkerWrapperBase, "initialize_from_config", _attaching)
+    _wrap(ParentRequest, "get_child_info", _naming)
 
-    @functools.wraps(original)
+
+def _wrap(owner: type, name: str, wrapping: Callable[[Any], Any]) -> None:
+    original = getattr(owner, name)
+    if not hasattr(original, _MARK):
+        wrapped = functools.wraps(original)(wrapping(original))
+        setattr(wrapped, _MARK, True)
+        setattr(owner, name, wrapped)
+
+
+def _attaching(original: Any) -> Any:
     def initialize_from_config(self: Any, kv_cache_configs: list[Any]) -> None:
         original(self, kv_cache_configs)
         if _asked_for():
             attach(self, kv_cache_configs[self.global_rank])
 
-    setattr(initialize_from_config, _MARK, True)
-    WorkerWrapperBase.initialize_from_config = initialize_from_config
+    return initialize_from_config
+
+
+def _naming(original: Any) -> Any:
+    def get_child_info(self: Any, index: int) -> tuple[str, Any]:
+        request_id, params = original(self, index)
+        return request_id, child_params(params, index) if _asked_for() else params
+
+    return get_child_info
+
+
+def child_params(params: Any, index: int) -> Any:
+    """Sampling parameters of the child `index` of a request with n > 1, whose trace goes by the
+    request's key and that of every other child by `key/index`."""
+    asked: Any = (params.extra_args or {}).get(EXTRA_ARGS_NAME)
+    if index == 0 or not well_formed(asked):
+        return params
+    params = copy(params)  # without a seed vLLM gives one object to all children
+    own = {**asked, "key": f"{asked['key']}/{index}"}
+    params.extra_args = {**params.extra_args, EXTRA_ARGS_NAME: own}
+    return params
 
 
 def flush() -> None:

@@ -270,9 +270,22 @@ NAMES = (
     ),
     Name(
         "vllm.v1.engine.parallel_sampling:ParentRequest.get_child_info",
-        "the i-th child of a request with n > 1 has the id `i_<parent>`",
+        "wrapped: gives each child of a request with n > 1 a key of its own",
         "vllm/v1/engine/parallel_sampling.py",
         ("self", "index"),
+        mentions="return (child_req_id, self._get_child_sampling_params(index))",
+    ),
+    *(
+        Name(
+            f"vllm.v1.engine.{engine}.add_request",
+            "each child of a request with n > 1 gets the parameters of `get_child_info`",
+            f"vllm/v1/engine/{engine.partition(':')[0]}.py",
+            mentions=f"request_id, child_params = {parent}.get_child_info(idx)",
+        )
+        for engine, parent in (
+            ("llm_engine:LLMEngine", "parent_req"),
+            ("async_llm:AsyncLLM", "parent_request"),
+        )
     ),
     Name(
         "vllm.sampling_params:SamplingParams.extra_args",

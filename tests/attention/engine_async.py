@@ -2,8 +2,9 @@
 
     python engine_async.py SCRATCH
 
-The capture is installed in the worker by vLLM itself, through the entry point. Writes `runs.json`
-and `traces.npz` like `engine_runs.py`.
+The capture is installed through the entry point: by vLLM itself in the worker, and by the receiver
+in this process, whose plugins were loaded before capture was asked for. Writes `runs.json` and
+`traces.npz` like `engine_runs.py`.
 """
 
 import asyncio
@@ -22,10 +23,13 @@ from pivottrace_verl.attention.selftest import make_tiny_model
 async def main(scratch):
     from vllm import SamplingParams
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.plugins import load_general_plugins
+    from vllm.sampling_params import RequestOutputKind
     from vllm.v1.engine.async_llm import AsyncLLM
 
     directory = str(Path(scratch, "llama"))
     make_tiny_model(directory)
+    load_general_plugins()
     receiver = Receiver(CaptureConfig())
     receiver.start()
     engine = AsyncLLM.from_engine_args(
@@ -43,31 +47,47 @@ async def main(scratch):
     hello = receiver.wait_ready(5.0)
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(2, 384, (n,), generator=generator).tolist() for n in (30, 100)]
-    requests, traces = [], {}
+    requests, traces = {"rollouts": [], "children": [], "named": []}, {}
 
-    async def rollout(prompt, seed):
-        key = f"async/{len(prompt)}/{seed}"
+    async def rollout(scenario, prompt, name, n_tokens, n=1, seed=None):
+        key = f"async/{scenario}/{name}"
         params = SamplingParams(
+            n=n,
             temperature=1.0,
             seed=seed,
-            max_tokens=10 + 5 * seed,
+            max_tokens=n_tokens,
             ignore_eos=True,
             detokenize=False,
+            output_kind=RequestOutputKind.FINAL_ONLY,
             extra_args={"pivottrace": {"key": key}},
         )
-        async for output in engine.generate({"prompt_token_ids": prompt}, params, request_id=key):
-            tokens = list(output.outputs[0].token_ids)
-        trace = await receiver.aget(key, timeout=10.0, n_tokens=len(tokens))
-        requests.append({"key": key, "prompt": prompt, "tokens": tokens})
-        if trace is not None:
-            traces[f"{key}:stats"] = trace.stats
-            traces[f"{key}:tokens"] = np.stack([trace.token_entropy, trace.self_certainty])
+        async for output in engine.generate({"prompt_token_ids": prompt}, params, request_id=name):
+            sequences = [list(sequence.token_ids) for sequence in output.outputs]
+        for i, tokens in enumerate(sequences):
+            own = f"{key}/{i}" if i else key
+            trace = await receiver.aget(own, timeout=10.0, n_tokens=len(tokens))
+            requests[scenario].append({"key": own, "prompt": prompt, "tokens": tokens})
+            if trace is not None:
+                traces[f"{own}:stats"] = trace.stats
+                traces[f"{own}:tokens"] = np.stack([trace.token_entropy, trace.self_certainty])
 
-    await asyncio.gather(*(rollout(prompt, seed) for prompt in prompts for seed in range(8)))
+    await asyncio.gather(
+        *(
+            rollout("rollouts", prompt, f"{len(prompt)}/{seed}", 10 + 5 * seed, seed=seed)
+            for prompt in prompts
+            for seed in range(8)
+        )
+    )
+    # A request of one rollout whose id looks as if it were a child of `ab`, beside children.
+    await asyncio.gather(
+        rollout("children", prompts[0], "ab", 10, n=4),
+        rollout("children", prompts[1], "3_cd", 10, n=4, seed=0),
+        rollout("named", prompts[1], "12_ab", 10),
+    )
     engine.shutdown()
     receiver.close()
     facts = {"hello": hello, "counters": receiver.counters}
-    runs = {"llama": {"requests": {"rollouts": requests}, "facts": facts}}
+    runs = {"llama": {"requests": requests, "facts": facts}}
     Path(scratch, "runs.json").write_text(json.dumps(runs))
     np.savez(Path(scratch, "traces.npz"), **traces)
 

@@ -128,6 +128,7 @@ class Scenarios:
         self.generate("prefix_cached", [[*p, 5, 6, 7] for p in long], 24)
         self.generate("repeated", [self.prompt(70)] * 4, 40)
         self.generate("children", [self.prompt(30)], 20, n=4)
+        self.named()
         # Log-probabilities of the prompt go through compute_logits a second time in a step.
         mixed = [self.prompt(n) for n in (3, 30, 80, 10, 50, 7)]
         self.generate("mixed", mixed, 20, [True, False] * 3, prompt_logprobs=1)
@@ -146,6 +147,23 @@ class Scenarios:
         vllm_hooks.flush()
         self.note("resumed", key, prompt, list(output.outputs[0].token_ids))
         self.requests["resumed"][0]["prompt_tokens"] = asked["prompt_tokens"]
+
+    def named(self):
+        """Requests of one rollout whose ids look as if they were children of `ab`."""
+        engine, prompts, seen = self.llm.llm_engine, {}, {}
+        for name in ("12_ab", "0_ab"):
+            prompts[name] = self.prompt(20)
+            asked = {"key": f"{self.name}/named/{name}"}
+            sampling = SamplingParams(
+                max_tokens=10, ignore_eos=True, detokenize=False, extra_args={"pivottrace": asked}
+            )
+            engine.add_request(name, {"prompt_token_ids": prompts[name]}, sampling)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                seen[output.request_id] = list(output.outputs[0].token_ids)
+        vllm_hooks.flush()
+        for name, prompt in prompts.items():
+            self.note("named", f"{self.name}/named/{name}", prompt, seen[name])
 
     def abort(self):
         """Two requests, one aborted after some tokens; with chunked prompts a third, aborted

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import zmq
 
+from pivottrace_verl import plugin
+from pivottrace_verl.attention import channel
 from pivottrace_verl.attention.channel import Receiver, Trace
 from pivottrace_verl.attention.config import (
     ENV_CAPTURE,
@@ -290,8 +292,9 @@ def test_who_waits_for_a_trace_that_is_dropped_waits_no_longer():
         assert time.monotonic() - start < 15
         assert receiver.counters["dropped"] == 1
         second.trace("a", stats, tokens, 0)
-        second.trace("b", stats, tokens, 0)
-        assert receiver.get("b") is not None
+        # Whole and without a waiter it would be more than the receiver holds.
+        threading.Timer(0.2, second.trace, ("b", stats, tokens, 0)).start()
+        assert receiver.get("b", timeout=30) is not None
         assert "a" not in receiver._held
         first.close()
         second.close()
@@ -368,6 +371,16 @@ def test_the_environment_is_set_while_a_receiver_listens_and_clean_afterwards():
     receiver.close()
     assert not any(name in os.environ for name in names)
     assert not os.path.exists(os.path.dirname(address))
+
+
+def test_plugins_that_vllm_loaded_before_learn_that_capture_is_asked_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(channel, "register_vllm", lambda: asked.append(os.environ[ENV_CAPTURE]))
+    for calls in (0, 1):
+        monkeypatch.setitem(plugin.STATE["vllm"], "calls", calls)
+        with Receiver(CaptureConfig(window=8)):
+            assert len(asked) == calls
+    assert CaptureConfig.from_json(asked[0]).window == 8
 
 
 def test_an_engine_that_never_reports_is_told_in_a_sentence(receiver):

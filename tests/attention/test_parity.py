@@ -4,6 +4,8 @@ Engines run in a process of their own (`engine_runs.py`); here every rollout is 
 Hugging Face model, eager attention, float32, teacher-forced on prompt and output.
 """
 
+from itertools import chain
+
 import numpy as np
 import pytest
 import torch
@@ -32,6 +34,7 @@ SCENARIOS = (
     "prefix_cached",
     "repeated",
     "children",
+    "named",
     "aborted",
     "greedy",
     "preempted",
@@ -137,6 +140,7 @@ def test_the_scenarios_happened(runs, model):
     assert all(request["cached"] >= 128 for request in requests["prefix_cached"])
     assert len({tuple(r["tokens"]) for r in requests["repeated"]}) == 4
     assert {r["key"].rpartition("/")[2] for r in requests["children"]} == {"0", "1", "2", "3"}
+    assert [r["key"].rpartition("/")[2] for r in requests["named"]] == ["12_ab", "0_ab"]
     assert [len(r["tokens"]) for r in requests["aborted"]] == [10, 30]
     assert min(len(r["prompt"]) for r in requests["long"]) > 2 * 64
 
@@ -189,10 +193,14 @@ def async_runs(run_engines):
 
 
 def test_a_multiprocess_engine_delivers_every_trace_as_its_request_ends(async_runs, runs):
-    requests = async_runs.llama["requests"]["rollouts"]
-    assert len(requests) == 16
+    requests = async_runs.llama["requests"]
+    assert {scenario: len(found) for scenario, found in requests.items()} == {
+        "rollouts": 16,
+        "children": 8,
+        "named": 1,
+    }
     worst = 0.0
-    for request in requests:
+    for request in chain(*requests.values()):
         trace = trace_of(async_runs, request)
         assert trace is not None, f"{request['key']} has no trace"
         assert len(trace.stats) == len(request["tokens"])
@@ -201,7 +209,7 @@ def test_a_multiprocess_engine_delivers_every_trace_as_its_request_ends(async_ru
     print(f"max_abs_error llama multiprocess {worst:.2e}")
     assert worst <= TOLERANCE
     counters = async_runs.llama["facts"]["counters"]
-    assert counters.pop("received") == 16
+    assert counters.pop("received") == 25
     assert not any(counters.values())
 
 

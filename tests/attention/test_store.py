@@ -255,17 +255,16 @@ def test_a_request_that_goes_on_with_a_rollout_has_its_own_rows_and_the_rollouts
     assert values(engine.sent["k"]) == ([1], 0)
 
 
-def test_children_of_one_request_send_under_keys_of_their_own():
+def test_the_id_of_a_request_says_nothing_of_its_key():
     engine = Engine()
-    for child in range(3):
-        extra = {"pivottrace": {"key": "k"}}
-        engine.add(f"{child}_parent-1a2b", prompt=1, blocks=[child], extra_args=extra)
-        engine.decode(f"{child}_parent-1a2b", 1, float(child))
-    engine.step(finished=[f"{child}_parent-1a2b" for child in range(3)])
+    for i, req_id in enumerate(("12_ab", "0_ab", "3_4_ab-1a2b")):
+        engine.add(req_id, prompt=1, blocks=[i])
+        engine.decode(req_id, 1, float(i))
+    engine.step(finished=list(engine.states))
     assert {key: values(sent)[0] for key, sent in engine.sent.items()} == {
-        "k": [0],
-        "k/1": [1],
-        "k/2": [2],
+        "key-12_ab": [0],
+        "key-0_ab": [1],
+        "key-3_4_ab-1a2b": [2],
     }
 
 

@@ -234,23 +234,66 @@ def test_capture_without_a_receiver_is_refused(monkeypatch):
         vllm_hooks.attach(None, None)
 
 
-def test_installing_twice_wraps_once_and_not_at_all_unless_asked(monkeypatch):
+@pytest.fixture
+def methods(monkeypatch):
+    """A function that says what the wrapped methods are now; they are put back."""
+    from vllm.v1.engine.parallel_sampling import ParentRequest
     from vllm.v1.worker.worker_base import WorkerWrapperBase
 
-    stock = WorkerWrapperBase.initialize_from_config
-    monkeypatch.setattr(WorkerWrapperBase, "initialize_from_config", stock)
+    places = ((WorkerWrapperBase, "initialize_from_config"), (ParentRequest, "get_child_info"))
+    for owner, name in places:
+        monkeypatch.setattr(owner, name, getattr(owner, name))
+    return lambda: [getattr(owner, name) for owner, name in places]
+
+
+def test_installing_twice_wraps_once_and_not_at_all_unless_asked(monkeypatch, methods):
+    stock = methods()
     vllm_hooks.install()
-    assert WorkerWrapperBase.initialize_from_config is stock
+    assert methods() == stock
     with Receiver(CaptureConfig()):
         monkeypatch.setenv(ENV_DISABLE, "1")
         vllm_hooks.install()
-        assert WorkerWrapperBase.initialize_from_config is stock
+        assert methods() == stock
         monkeypatch.delenv(ENV_DISABLE)
         vllm_hooks.install()
-        wrapped = WorkerWrapperBase.initialize_from_config
-        assert wrapped is not stock
+        wrapped = methods()
+        assert not set(wrapped) & set(stock)
         vllm_hooks.install()
-        assert WorkerWrapperBase.initialize_from_config is wrapped
+        assert methods() == wrapped
+
+
+def children(extra_args, seed=None):
+    """Extra arguments of a request with n = 3, and of its children as vLLM makes them."""
+    from vllm import SamplingParams
+    from vllm.v1.engine.parallel_sampling import ParentRequest
+
+    params = SamplingParams(n=3, seed=seed, extra_args=extra_args)
+    request = SimpleNamespace(request_id="12_ab-0", external_req_id="12_ab", params=params)
+    parent = ParentRequest(request)
+    made = [parent.get_child_info(i) for i in range(3)]
+    assert [name for name, _ in made] == [f"{i}_12_ab-0" for i in range(3)]
+    assert [child.seed for _, child in made] == [
+        None if seed is None else seed + i for i in (0, 1, 2)
+    ]
+    assert all(child.n == 1 for _, child in made)
+    return params.extra_args, [child.extra_args for _, child in made]
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_each_child_of_a_request_asks_under_a_key_of_its_own(methods, seed):
+    asked = {"other": 1, "pivottrace": {"key": "k", "prompt_tokens": 2}}
+    with Receiver(CaptureConfig()):
+        vllm_hooks.install()
+        own, given = children(asked, seed)
+        assert own == asked
+        assert given == [
+            {"other": 1, "pivottrace": {"key": key, "prompt_tokens": 2}}
+            for key in ("k", "k/1", "k/2")
+        ]
+        # What is malformed is told by the worker, of every child.
+        for bad in (None, {}, {"other": 1}, {"pivottrace": "k"}, {"pivottrace": {"key": 3}}):
+            assert children(bad) == (bad, [bad] * 3)
+    assert children(asked) == (asked, [asked] * 3), "nobody asks for capture any more"
 
 
 def test_token_statistics_are_those_of_softmax_with_masked_words_left_out():

@@ -75,10 +75,3 @@ def test_a_name_that_moved_is_told_with_its_reason() -> None:
     assert "not ('self', 'other')" in str(problem(changed))
     unset = Name("vllm.v1.worker.gpu_model_runner:GPUModelRunner.no_such", "x", "y", instance=True)
     assert "not set on instances" in str(problem(unset))
-
-
-def test_children_of_a_request_with_n_are_numbered_in_front_of_their_id() -> None:
-    from vllm.v1.engine.parallel_sampling import ParentRequest
-
-    source = inspect.getsource(ParentRequest.get_child_info)
-    assert 'f"{index}_{self.request_id}"' in source

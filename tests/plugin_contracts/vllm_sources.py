@@ -9,6 +9,8 @@ from packaging.specifiers import SpecifierSet
 
 from pivottrace_verl.attention.vllm_names import Name
 
+Function = ast.FunctionDef | ast.AsyncFunctionDef
+
 
 @dataclass(frozen=True)
 class Source:
@@ -46,7 +48,7 @@ class Source:
             nodes = [node for base in bases for node in base.body if last in _names_of(node)]
         if not nodes:
             return f"{told} does not exist any more."
-        functions = [n for n in nodes if isinstance(n, ast.FunctionDef)]
+        functions = [n for n in nodes if isinstance(n, Function)]
         if name.parameters:
             found_names = tuple(a.arg for a in functions[0].args.args) if functions else ()
             if found_names[: len(name.parameters)] != name.parameters:
@@ -73,7 +75,7 @@ class Source:
         if file is None:
             return None
         for node in ast.walk(_parsed(file)):
-            if isinstance(node, ast.ClassDef | ast.FunctionDef) and node.name == name:
+            if isinstance(node, ast.ClassDef | Function) and node.name == name:
                 return module, node
             if isinstance(node, ast.ImportFrom) and node.level == 0:
                 for alias in node.names:
@@ -103,7 +105,7 @@ def _parsed(file: Path) -> ast.Module:
 
 def _names_of(node: ast.stmt) -> set[str]:
     """What a statement of a class body defines."""
-    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+    if isinstance(node, ast.ClassDef | Function):
         return {node.name}
     targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
     return {target.id for target in targets if isinstance(target, ast.Name)}
