@@ -4,7 +4,7 @@
     pivottrace score RUN            pivottrace probe RUN
     pivottrace annotate export RUN FILE      pivottrace annotate import RUN FILE
     pivottrace triage RUN           pivottrace train RUN            pivottrace report RUN
-    pivottrace export RUN FOLDER    pivottrace calibrate RUN        pivottrace doctor
+    pivottrace export RUN FOLDER    pivottrace calibrate RUN        pivottrace doctor [RUN]
 
 Contract: a verb can be killed and run again; bad input is one sentence on stderr and exit status
 2, and leaves every file as it was. Heavy libraries are imported by the verbs that need them.
@@ -199,18 +199,26 @@ def report(run: RunPath) -> None:
 @app.command()
 @told
 def doctor(
+    run: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="RUN",
+            help="Prove the capture on this run's model, of the layers and heads it captures.",
+        ),
+    ] = None,
     as_json: AsJson = False,
     capture: Annotated[
-        bool, typer.Option(help="Prove the capture on a tiny model (about half a minute).")
+        bool,
+        typer.Option(help="Prove the capture, without RUN on a tiny model (about half a minute)."),
     ] = True,
     model: Annotated[
-        Path | None, typer.Option(help="Prove it on this Hugging Face model instead, in float32.")
+        Path | None, typer.Option(help="Prove it on this Hugging Face model instead.")
     ] = None,
 ) -> None:
     """Say what is installed, what loaded, and whether the capture tells the truth."""
     from pivottrace_verl.doctor import diagnose
 
-    found = diagnose(capture=capture, model=model)
+    found = diagnose(capture=capture, model=model, run=run)
     if as_json:
         ui.print_json(found)
     else:

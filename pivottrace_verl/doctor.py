@@ -3,7 +3,8 @@
 Contract: each check is a `Check` with a plain sentence; a failed check that is needed makes the
 command fail. verl hides a plugin's import error, so the entry points are loaded here once more and
 their record (`plugin.STATE`) is read. The capture is proved on a tiny random model: statistics
-captured while vLLM generates against dense attention of the same model on the same tokens.
+captured while vLLM generates against dense attention of the same model on the same tokens; or, for
+a run directory, on the run's model, of the layers and heads that the run captures.
 """
 
 from __future__ import annotations
@@ -17,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from pivottrace_verl import __version__
+from pivottrace_verl.attention.config import CaptureConfig
+from pivottrace_verl.attention.heads import captured_by
 from pivottrace_verl.errors import PivotTraceError
 from pivottrace_verl.plugin import STATE, cpu_platform_requested, disabled
+from pivottrace_verl.pool import RunDir
 
 
 @dataclass(frozen=True)
@@ -31,12 +35,22 @@ class Check:
     says: str
 
 
-def diagnose(*, capture: bool = True, model: Path | None = None) -> dict[str, Any]:
+def diagnose(
+    *, capture: bool = True, model: Path | None = None, run: Path | None = None
+) -> dict[str, Any]:
     """Run every check; `ok` is False if one that is needed failed.
 
     `capture=False` leaves out the proof on a model, which starts an engine (about 20 seconds);
-    `model` is the folder of the one it runs on, None for a tiny random one.
+    `model` is the folder of the one it runs on, None for a tiny random one; `run` a run directory,
+    whose model and captured layers and heads are taken. PivotTraceError if either is not there, or
+    the run's files are broken.
     """
+    config = None
+    if run is not None:
+        if model is not None:
+            raise PivotTraceError(f"The model is that of the run {run}: leave --model out.")
+        opened = RunDir.open(run)
+        model, config = opened.model_path(), captured_by(opened)
     if model is not None and not (model / "config.json").is_file():
         raise PivotTraceError(f"There is no Hugging Face model at {model}: no config.json.")
     # vLLM greets on import; this command prints its own findings and, with --json, only them.
@@ -44,7 +58,7 @@ def diagnose(*, capture: bool = True, model: Path | None = None) -> dict[str, An
     checks = [_python(), *_distributions(), *_entry_points(), _platform(), _kill_switch()]
     facts: dict[str, Any] = {}
     if capture and not disabled() and all(c.ok for c in checks if c.needed):
-        check, facts = _capture(model)
+        check, facts = _capture(model, config)
         checks.append(check)
     return {
         "ok": all(check.ok for check in checks if check.needed),
@@ -149,16 +163,18 @@ def _kill_switch() -> Check:
     return Check("kill switch", True, False, says)
 
 
-def _capture(model: Path | None) -> tuple[Check, dict[str, Any]]:
+def _capture(model: Path | None, config: CaptureConfig | None) -> tuple[Check, dict[str, Any]]:
     from pivottrace_verl.attention.selftest import run_selftest
 
     try:
-        facts = run_selftest(model)
+        facts = run_selftest(model, config)
     except Exception as failure:  # noqa: BLE001 - the sentence goes to the user
         return Check("capture", False, True, f"The capture's self-test failed: {failure}"), {}
     if facts["max_abs_error"] is None:
         says = f"None of {facts['missing']} rollouts brought its attention out of vLLM."
         return Check("capture", False, True, says), facts
+    layers, chosen = ", ".join(map(str, facts["layers"])), facts["heads"]
+    where = f"layers {layers}" + (f", {sum(map(len, chosen))} chosen heads" if chosen else "")
     ok = (
         facts["max_abs_error"] <= facts["bound"]
         and facts["missing"] == 0
@@ -166,10 +182,10 @@ def _capture(model: Path | None) -> tuple[Check, dict[str, Any]]:
         and facts["greedy_identical"]
     )
     says = (
-        f"Attention captured in vLLM's {facts['backend']} backend differs from dense attention by "
-        f"at most {facts['max_abs_error']:.1e} (bound {facts['bound']:g} in {facts['dtype']}) over "
-        f"{facts['rows']} of {facts['tokens']} tokens ({facts['missing']} rollouts missing; "
-        f"greedy tokens "
+        f"Attention captured in vLLM's {facts['backend']} backend ({where}) differs from "
+        f"dense attention by at most {facts['max_abs_error']:.1e} (bound {facts['bound']:g} in "
+        f"{facts['dtype']}) over {facts['rows']} of {facts['tokens']} tokens "
+        f"({facts['missing']} rollouts missing; greedy tokens "
         f"{'identical' if facts['greedy_identical'] else 'DIFFERENT'} with capture on and off)."
     )
     return Check("capture", ok, True, says), facts

@@ -148,6 +148,21 @@ def frozen_choice(run: RunFiles) -> dict[str, Any] | None:
     return {"layers": checked.layers, "heads": checked.heads}
 
 
+def captured_by(run: RunFiles) -> CaptureConfig:
+    """What this run captures: what its scores were made with, and before those what `score` will
+    capture unless it is told otherwise. PivotTraceError as in `frozen_choice`."""
+    if not run.finished_parts():
+        return CaptureConfig(**(frozen_choice(run) or {}))
+    scored = run.manifest.get("settings", {}).get("score")
+    capture = scored.get("capture") if isinstance(scored, dict) else None
+    if not isinstance(capture, dict):
+        raise PivotTraceError(
+            f"{run.path / 'manifest.json'} does not say what the scores beside it were captured "
+            "with: it was changed, or made by another program."
+        )
+    return CaptureConfig.from_dict(capture)
+
+
 def _made_from(run: RunFiles) -> dict[str, str]:
     return {name: run.stage_fingerprint(name) for name in ("pool", "model")}
 

@@ -67,16 +67,19 @@ N_TOKENS = 48
 
 
 def run_selftest(
-    model_dir: str | os.PathLike[str] | None = None, timeout: float = 600.0
+    model_dir: str | os.PathLike[str] | None = None,
+    config: CaptureConfig | None = None,
+    timeout: float = 600.0,
 ) -> dict[str, Any]:
     """Run the comparison in a child process.
 
     Args:
         model_dir: a Hugging Face causal model to test instead of the tiny random one.
+        config: what is captured of it; None: `CaptureConfig()`.
     Returns:
-        dict with `backend`, `isa`, `dtype`, `layers`; `max_abs_error` (distances in units of their
-        window; None if no trace arrived), the `bound` it should keep, and `errors` by feature;
-        `rows` compared of `tokens` generated; `missing` rollouts without a trace;
+        dict with `backend`, `isa`, `dtype`, `layers`, `heads`; `max_abs_error` (distances in units
+        of their window; None if no trace arrived), the `bound` it should keep, and `errors` by
+        feature; `rows` compared of `tokens` generated; `missing` rollouts without a trace;
         `greedy_identical`.
     Raises PivotTraceError if there is no such model, and with the child's last words if it fails.
     """
@@ -87,25 +90,22 @@ def run_selftest(
     if model_dir is not None and not Path(model_dir, "config.json").is_file():
         raise PivotTraceError(f"There is no Hugging Face model at {model_dir}: no config.json.")
     with tempfile.TemporaryDirectory(prefix="pivottrace-selftest-") as scratch:
-        captured, plain = (
-            _child(part, scratch, model_dir, timeout) for part in ("captured", "plain")
-        )
+        arguments = [scratch, str(model_dir or ""), (config or CaptureConfig()).to_json()]
+        captured, plain = (_child(part, arguments, timeout) for part in ("captured", "plain"))
     identical = captured.pop("outputs") == plain["outputs"]
     return {**captured, "greedy_identical": identical}
 
 
-def _child(
-    part: str, scratch: str, model_dir: str | os.PathLike[str] | None, timeout: float
-) -> dict[str, Any]:
-    """Run `part` of the test in a process of its own."""
+def _child(part: str, arguments: list[str], timeout: float) -> dict[str, Any]:
+    """Run `part` of the test in a process of its own; `arguments` are those of `_main`."""
+    scratch, model_dir, _ = arguments
     result = Path(scratch) / f"{part}.json"
-    arguments = [sys.executable, "-m", __name__, part, scratch, str(model_dir or "")]
     environment = {**os.environ, **ENVIRONMENT}
-    if model_dir is None:
+    if not model_dir:
         environment["OMP_NUM_THREADS"] = "1"  # threads cost more than they help a tiny model
     try:
         child = subprocess.run(
-            arguments,
+            [sys.executable, "-m", __name__, part, *arguments],
             env=environment,
             capture_output=True,
             text=True,
@@ -163,7 +163,7 @@ def make_tiny_model(
     return model
 
 
-def _captured(model_dir: str) -> dict[str, Any]:
+def _captured(model_dir: str, config: CaptureConfig) -> dict[str, Any]:
     """Generate with capture and compare with dense attention; `outputs` are the tokens."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -172,7 +172,6 @@ def _captured(model_dir: str) -> dict[str, Any]:
     from pivottrace_verl.attention.vllm_hooks import flush
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
-    config = CaptureConfig()
     with Receiver(config) as receiver:
         prompts, outputs = _generate(model_dir)
         flush()
@@ -188,7 +187,7 @@ def _captured(model_dir: str) -> dict[str, Any]:
             found = compare(trace, replay(model, prompt, output, config), config)
             errors = {name: max(value, errors.get(name, 0.0)) for name, value in found.items()}
     return {
-        **{name: info[name] for name in ("backend", "isa", "dtype", "layers")},
+        **{name: info[name] for name in ("backend", "isa", "dtype", "layers", "heads")},
         "max_abs_error": max(errors.values(), default=None),
         "bound": BOUNDS.get(info["dtype"], HALF_BOUND),
         "errors": errors,
@@ -246,12 +245,16 @@ def _on_cpu() -> bool:
     return bool(current_platform.is_cpu())
 
 
-def _main(part: str, scratch: str, model_dir: str) -> None:
+def _main(part: str, scratch: str, model_dir: str, config: str) -> None:
     if not model_dir:
         model_dir = os.path.join(scratch, "model")
         if not os.path.exists(model_dir):
             make_tiny_model(model_dir, head_dim=None if _on_cpu() else GPU_HEAD_DIM)
-    told = _captured(model_dir) if part == "captured" else {"outputs": _generate(model_dir)[1]}
+    told = (
+        _captured(model_dir, CaptureConfig.from_json(config))
+        if part == "captured"
+        else {"outputs": _generate(model_dir)[1]}
+    )
     Path(scratch, f"{part}.json").write_text(json.dumps(told))
 
 

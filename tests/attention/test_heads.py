@@ -15,6 +15,7 @@ from pivottrace_verl.attention.heads import (
     FILE,
     HeadConfig,
     candidate_layers,
+    captured_by,
     choose,
     frozen_choice,
     write_choice,
@@ -152,6 +153,22 @@ def test_a_choice_is_frozen_with_its_run_and_read_back(run):
     written = freeze(run)
     assert written == json.loads((run.path / FILE).read_text())
     assert frozen_choice(run) == {"layers": (3,), "heads": ((0, 1),)}
+
+
+def test_a_run_captures_what_it_was_scored_with_and_before_that_what_was_chosen(run):
+    assert captured_by(run) == CaptureConfig()
+    freeze(run)
+    chosen = CaptureConfig(layers=(3,), heads=((0, 1),))
+    assert captured_by(run) == chosen
+    scored = CaptureConfig(layers=(2,), window=16)
+    run.update_manifest(settings={"score": {"capture": scored.to_dict()}})
+    assert captured_by(run) == chosen, "scoring has begun, and may begin anew"
+    (run.path / "scores").mkdir()
+    (run.path / "scores" / "part-00000.parquet").touch()
+    assert captured_by(run) == scored
+    run.update_manifest(settings={"score": {}})
+    with pytest.raises(PivotTraceError, match="does not say what the scores"):
+        captured_by(run)
 
 
 def test_a_choice_made_for_another_model_is_refused_with_both_sides(run):

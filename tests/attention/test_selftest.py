@@ -48,11 +48,11 @@ def test_the_doctor_proves_a_model_with_soft_caps_and_passes_over_its_sliding_la
 )
 def test_the_doctor_fails_a_capture_that_is_wrong_or_not_complete(monkeypatch, facts, says):
     good = {
-        "backend": "CPU_ATTN", "dtype": "float32", "bound": 1e-4, "max_abs_error": 1e-6,
-        "rows": 10, "tokens": 10, "missing": 0, "greedy_identical": True,
+        "backend": "CPU_ATTN", "layers": [1], "heads": None, "dtype": "float32", "bound": 1e-4,
+        "max_abs_error": 1e-6, "rows": 10, "tokens": 10, "missing": 0, "greedy_identical": True,
     }  # fmt: skip
     for measured, ok in ((good, True), ({**good, **facts}, False)):
-        monkeypatch.setattr(selftest, "run_selftest", lambda model, m=measured: m)
+        monkeypatch.setattr(selftest, "run_selftest", lambda *_, m=measured: m)
         (check,) = [c for c in diagnose()["checks"] if c["name"] == "capture"]
         assert check["ok"] is ok
     assert says in check["says"]
@@ -60,12 +60,13 @@ def test_the_doctor_fails_a_capture_that_is_wrong_or_not_complete(monkeypatch, f
 
 def test_the_bound_is_that_of_the_number_format(monkeypatch):
     facts = {
-        "backend": "FLASH_ATTN", "dtype": "bfloat16", "bound": selftest.HALF_BOUND, "rows": 1,
-        "tokens": 1, "missing": 0, "greedy_identical": True,
+        "backend": "FLASH_ATTN", "layers": [1], "heads": [[0, 2]], "dtype": "bfloat16",
+        "bound": selftest.HALF_BOUND, "rows": 1, "tokens": 1, "missing": 0,
+        "greedy_identical": True,
     }  # fmt: skip
     for error, ok in ((0.05, True), (0.7, False)):
         monkeypatch.setattr(
-            selftest, "run_selftest", lambda model, e=error: {**facts, "max_abs_error": e}
+            selftest, "run_selftest", lambda *_, e=error: {**facts, "max_abs_error": e}
         )
         (check,) = [c for c in diagnose()["checks"] if c["name"] == "capture"]
         assert (check["ok"], "bound 0.2 in bfloat16" in check["says"]) == (ok, True)

@@ -1,6 +1,7 @@
 """Run directories that do not fit together, and settings out of their range."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,16 @@ def torn(file: str) -> Callable[[Path], object]:
 
 def replaced(file: str, content: bytes) -> Callable[[Path], object]:
     return lambda w: (w / "run" / file).write_bytes(content)
+
+
+def not_scored_with(choice: bytes) -> Callable[[Path], object]:
+    """The run without its scores, and with this as the heads that were chosen for it."""
+
+    def arrange(w: Path) -> None:
+        shutil.rmtree(w / "run" / "scores")
+        (w / "run" / "capture.json").write_bytes(choice)
+
+    return arrange
 
 
 def set_column(name: str, values: pa.Array) -> Callable[[pa.Table], pa.Table]:
@@ -190,6 +201,16 @@ CHANGED = [
          replaced("capture.json", b'{"made_from": {"model": "0"}}')),
     Case("score: chosen heads torn", SCORE, r"capture\.json is not .*JSON",
          replaced("capture.json", b'{"made_from"')),
+    Case("doctor: no run", "doctor {w}/model", "model is not a run directory"),
+    Case("doctor: a run and a model", "doctor {w}/run --model {w}/model", "leave --model out"),
+    Case("doctor: scores of unknown settings", "doctor {w}/run",
+         r"manifest\.json does not say what the scores",
+         edited("manifest.json", lambda m: {**m, "settings": {"score": []}})),
+    Case("doctor: a capture that cannot be", "doctor {w}/run", "capture.window must be in 1 to",
+         edited("manifest.json",
+                lambda m: {**m, "settings": {"score": {"capture": {"window": 0}}}})),
+    Case("doctor: chosen heads torn", "doctor {w}/run", r"capture\.json is not .*JSON",
+         not_scored_with(b'{"made_from"')),
     Case("calibrate: scored already", "calibrate {w}/run", "scored already, .*choose heads before"),
     Case("calibrate: share of heads", "calibrate {w}/run --share 2", "share of heads .* not 2"),
     Case("calibrate: sink a NaN", "calibrate {w}/run --max-sink nan", "--max-sink is nan"),

@@ -48,6 +48,16 @@ def calibrated(tmp_path_factory):
     return folder / "run", json.loads(said.stdout)
 
 
+def test_the_doctor_proves_the_capture_of_a_run_on_what_was_chosen_for_it(calibrated):
+    run, said = calibrated
+    found = pivottrace("doctor", run, "--json")
+    assert found.returncode == 0, found.stderr[-4000:]
+    proved = json.loads(found.stdout)["capture"]
+    assert {name: proved[name] for name in ("layers", "heads")} == said["capture"]
+    assert proved["rows"] == proved["tokens"] > 0
+    assert proved["max_abs_error"] <= proved["bound"] == 1e-4
+
+
 def test_score_captures_what_was_chosen_and_nothing_else(calibrated):
     run, said = calibrated
     assert said["settings"]["rollouts"] == 6
