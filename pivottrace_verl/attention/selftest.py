@@ -20,7 +20,7 @@ from typing import Any
 
 from pivottrace_verl.attention.channel import Receiver
 from pivottrace_verl.attention.config import ENV_DISABLE, CaptureConfig
-from pivottrace_verl.errors import PivotTraceError
+from pivottrace_verl.errors import PivotTraceError, last_error
 
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -117,7 +117,8 @@ def _child(part: str, arguments: list[str], timeout: float) -> dict[str, Any]:
             f"The capture self-test did not finish within {timeout:g} seconds."
         ) from error
     if child.returncode != 0 or not result.exists():
-        raise PivotTraceError(f"The capture self-test failed: {_last_words(child.stderr)}")
+        why = last_error(child.stderr) or f"it ended with status {child.returncode}"
+        raise PivotTraceError(f"The capture self-test failed: {why}")
     told: dict[str, Any] = json.loads(result.read_text())
     return told
 
@@ -256,13 +257,6 @@ def _main(part: str, scratch: str, model_dir: str, config: str) -> None:
         else {"outputs": _generate(model_dir)[1]}
     )
     Path(scratch, f"{part}.json").write_text(json.dumps(told))
-
-
-def _last_words(text: str) -> str:
-    """The last line of a traceback that says something."""
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    told = [line for line in lines if "Error" in line.split(":")[0]]
-    return (told or lines or ["it left no message"])[-1]
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import subprocess
 import sys
 import time
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pivottrace_verl.curriculum import ORDERS
-from pivottrace_verl.errors import PivotTraceError
+from pivottrace_verl.errors import PivotTraceError, last_error
 from pivottrace_verl.files import read_object, write_bytes_atomic, write_json_atomic
 from pivottrace_verl.plugin import cpu_platform_requested
 from pivottrace_verl.pool import RunDir
@@ -35,10 +34,6 @@ DIE_WITH_PARENT = "PIVOTTRACE_DIE_WITH_PARENT"
 
 ENDING_S = 10.0
 """Seconds in which a job ends whose command was killed."""
-
-MAX_ERROR = 400
-_ERROR = re.compile(r"^(\(\w+ pid=\d+\) )?\s*(error: |[\w.]*(Error|Exception)\b[:(])")
-"""Our own refusals, and the last line of a Python traceback, also where Ray marked the process."""
 
 StepSeen = Callable[[int, dict[str, float]], None]
 """Called with (step, verl's metrics of it) as the job logs them; step 0 is the first validation."""
@@ -236,7 +231,7 @@ def _run_job(
     merge_metrics(folder)
     checkpoint = folder / "checkpoints" / f"global_step_{config.steps}" / "actor" / "huggingface"
     if job.returncode != 0 or not checkpoint.exists():
-        error = last_error(log, start)
+        error = last_error(tail(log, start))
         raise PivotTraceError(
             f"the verl job ended with status {job.returncode} before step {config.steps}"
             + (f" ({error})" if error else "")
@@ -272,14 +267,11 @@ def _watch(job: subprocess.Popen[bytes], file: Path, on_step: StepSeen) -> None:
         time.sleep(0.5)
 
 
-def last_error(log: Path, start: int = 0) -> str:
-    """The last line of a job's output, from byte `start` on, that reads like an error, cut to
-    `MAX_ERROR` characters; empty if none does."""
+def tail(log: Path, start: int) -> str:
+    """The last MiB of a job's output, from byte `start` on."""
     with log.open("rb") as stream:
         stream.seek(max(start, log.stat().st_size - (1 << 20)))
-        lines = stream.read().decode(errors="replace").splitlines()
-    errors = [line.strip() for line in lines if _ERROR.search(line)]
-    return errors[-1][:MAX_ERROR] if errors else ""
+        return stream.read().decode(errors="replace")
 
 
 def merge_metrics(folder: Path) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from pivottrace_verl.attention.config import CaptureConfig
+from pivottrace_verl.attention.device_layers import device_reads_fp8
 from pivottrace_verl.attention.kernel import Batch, RowKernel, group_shares, write_tokens
 from pivottrace_verl.attention.keys import StridedKeys
 from pivottrace_verl.attention.reference import (
@@ -120,8 +121,7 @@ def tokens_case(dtype: str, n_words: int, device: str) -> float:
 def main(device: str, quick: bool) -> dict[str, Any]:
     lengths = LENGTHS[1:3] if quick else LENGTHS
     left_out = ["float16"] if quick else []
-    # As `device_layers.device_reads_fp8`, whose layers are refused there.
-    if device == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+    if device == "cuda" and not device_reads_fp8():
         left_out.append("float8_e4m3fn")
     dtypes = [dtype for dtype in DTYPES if dtype not in left_out]
     shapes = {"smollm2": SHAPES["smollm2"]} if quick else SHAPES

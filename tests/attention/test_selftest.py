@@ -1,5 +1,7 @@
 """The self-test behind `pivottrace doctor` measures what it says, on the installed vLLM."""
 
+import subprocess
+
 import pytest
 
 from pivottrace_verl.attention import selftest
@@ -87,6 +89,13 @@ def test_a_child_that_fails_is_told_by_its_last_words(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "no-such-architecture"}')
     with pytest.raises(PivotTraceError, match=r"self-test failed: .*no-such-architecture"):
         run_selftest(tmp_path)
+
+
+def test_a_child_that_says_nothing_of_its_end_is_told_by_its_status(monkeypatch):
+    done = subprocess.CompletedProcess([], -9, stdout="", stderr="INFO: loading\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: done)
+    with pytest.raises(PivotTraceError, match=r"self-test failed: it ended with status -9$"):
+        run_selftest()
 
 
 def test_the_kill_switch_is_named_when_it_stands_in_the_way(monkeypatch):

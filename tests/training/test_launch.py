@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from pivottrace_verl.errors import PivotTraceError
-from pivottrace_verl.training.launch import MAX_ERROR, TrainConfig, last_error, train
+from pivottrace_verl.errors import MAX_ERROR, PivotTraceError, last_error
+from pivottrace_verl.training.launch import TrainConfig, tail, train
 from tests.triaged_run import buy, make_run, note_scoring, trained
 
 
@@ -19,12 +19,9 @@ from tests.triaged_run import buy, make_run, note_scoring, trained
         ("(TaskRunner pid=31) ValueError: bad", "(TaskRunner pid=31) ValueError: bad"),
     ],
 )
-def test_the_last_error_of_a_job_is_found_in_its_output(
-    tmp_path: Path, line: str, told: str
-) -> None:
-    log = tmp_path / "train.log"
-    log.write_text(f"step:1 - loss:2\nKeyError: earlier\n{line}\nfull_key: actor\n\n")
-    assert last_error(log) == told
+def test_the_last_error_of_a_job_is_found_in_its_output(line: str, told: str) -> None:
+    output = f"step:1 - loss:2\nKeyError: earlier\n{line}\nfull_key: actor\n\n"
+    assert last_error(output) == told
 
 
 def test_an_error_of_an_earlier_attempt_is_not_this_attempts(tmp_path: Path) -> None:
@@ -33,13 +30,13 @@ def test_an_error_of_an_earlier_attempt_is_not_this_attempts(tmp_path: Path) -> 
     start = log.stat().st_size
     with log.open("a") as stream:
         stream.write("no ErrorWord: here, only output\n")
-    assert last_error(log, start) == ""
+    assert last_error(tail(log, start)) == ""
 
 
 def test_a_long_error_is_cut_and_bytes_that_are_no_text_do_no_harm(tmp_path: Path) -> None:
     log = tmp_path / "train.log"
     log.write_bytes(b"\xff\xfe\nValueError: " + b"x" * 10_000 + b"\n")
-    assert len(last_error(log)) == MAX_ERROR
+    assert len(last_error(tail(log, 0))) == MAX_ERROR
 
 
 def test_the_job_inherits_the_lock_on_its_folder(
