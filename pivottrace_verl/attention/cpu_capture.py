@@ -196,19 +196,20 @@ class Capture:
         if step.tokens is not None:
             query = query.index_select(0, step.tokens)
         if self._compiled is not None:
-            rows = self._compiled.rows(position, query, kv_cache, step.rows)
+            self._compiled.write_rows(
+                position, query, kv_cache, step.rows, self.store.stats, step.slots
+            )
         else:
             heads, groups = self._heads[position]
             keys = PagedKeys(kv_cache, self._layouts[position])
             plan = step.rows.plan(self._windows[position])
             rows = row_statistics(query, keys, plan, self._rules[position], heads)
-            rows = group_heads(rows, groups)
-        self.store.write_layer(position, step.slots, rows)
+            self.store.write_layer(position, step.slots, group_heads(rows, groups))
         step.layers_done += 1
         if not self.task.part.tokens and step.layers_done == len(self.layers):
             self._step, self._expecting = None, False
-            unknown = torch.zeros(len(step.slots), len(TOKEN_STATISTICS))
-            self.store.finish_rows(step.slots, unknown, step.owners)
+            self.store.write_tokens(step.slots, torch.zeros(len(step.slots), len(TOKEN_STATISTICS)))
+            self.store.own(step.slots, step.owners)
         return step
 
     def _send(self, key: str, stats: np.ndarray, tokens: np.ndarray, missing_rows: int) -> None:
@@ -260,10 +261,11 @@ class Capture:
                 f"that chooses tokens, so rows would be missing; {WITHOUT_CAPTURE}."
             )
         if self._compiled is not None:
-            tokens = self._compiled.token_statistics(logits, step.batch)
+            self._compiled.write_tokens(logits, step.batch, self.store.tokens, step.slots)
         else:
             tokens = token_statistics(logits if step.batch is None else logits[step.batch])
-        self.store.finish_rows(step.slots, tokens, step.owners)
+            self.store.write_tokens(step.slots, tokens)
+        self.store.own(step.slots, step.owners)
 
     def _begin(self, metadata: Any) -> Step | None:
         """Which queries of this step are rows; None when there are none."""

@@ -7,7 +7,7 @@ writes features where they are kept. numba, which vLLM requires on these process
 it when the first engine starts and keeps the result on disk.
 
 Numbers are float32, or bfloat16 as its 16 bits (uint16), which are widened as they are read.
-Everything runs in the calling thread and without the interpreter's lock.
+Loops over rows run on several threads and without the interpreter's lock.
 
 Axes: N rows of a step, H query heads, H_kv key heads, D head size, B blocks of a row, G head
 groups, F features in the order of `pivots.FEATURES`, V vocabulary.
@@ -20,7 +20,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import config, njit, prange, types
 from numba.extending import overload
 
 from pivottrace_verl.attention.reference import FLOOR, N_BUCKETS, TINY
@@ -34,6 +34,8 @@ N_FEATURES = len(FEATURES)
 BUCKET_0 = FEATURES.index("bucket_0")
 TILE = 16
 LANES = 64
+# Of numba's threads those of OpenMP are torch's own.
+config.THREADING_LAYER_PRIORITY = ["omp", "tbb", "workqueue"]
 LOGITS_CHUNK = 2048
 """Logits read twice in a row: few enough that they stay in the nearest cache, and that float32 sums
 of them keep their accuracy."""
@@ -232,8 +234,8 @@ def _add_features(
 @cache
 def layer_rows(block_size: int, size: int) -> Any:
     """The compiled function for these blocks and heads: its inner loops are only fast when their
-    lengths are known. It writes the rows of one layer into its last argument, out [N, G, F]
-    float32.
+    lengths are known. It writes the rows of one layer into stats[slots, layer] of its last
+    arguments, stats [slots of the engine, L, G, F] float32 and slots [N].
 
     The others: query [N, H, D] after rotary embedding; pages [blocks, H_kv, 2 D block_size],
     keys first, in the layout `columns` or `amx`; table [N, >= B]; positions, prompts [N];
@@ -242,98 +244,114 @@ def layer_rows(block_size: int, size: int) -> Any:
     """
 
     # fmt: off
-    @njit(nogil=True, cache=True)
-    def rows(
-        query, pages, amx, table, positions, prompts, weights, scale, soft_cap, sinks, seen,
-        window, sink, out,
+    @njit(nogil=True)
+    def key_head(
+        query, numbers, start, stride, amx, blocks, position, prompt, weights, scale, soft_cap,
+        sinks, seen, window, sink, out,
     ):
         # fmt: on
-        n_heads, kv_heads = query.shape[1], pages.shape[1]
-        sharing = n_heads // kv_heads
-        wanted = np.zeros(n_heads, np.bool_)
-        for head in range(n_heads):
-            wanted[head] = np.any(weights[:, head])
-        longest = 0
-        for position in positions:
-            longest = max(longest, position)
-        lanes = np.empty(LANES, np.float32)
-        held = np.empty(size * block_size, np.float32)
-        scores = np.empty((sharing, (longest // block_size + 1) * block_size), np.float32)
-        features = np.empty(N_FEATURES, np.float32)
+        sharing = len(query)
+        first = max(0, position + 1 - seen)
+        first_block, end_block = first // block_size, position // block_size + 1
+        wanted = np.zeros(sharing, np.bool_)
         queries = np.empty((sharing, size), np.float32)
+        for g in range(sharing):
+            wanted[g] = np.any(weights[:, g])
+            for d in range(size):
+                queries[g, d] = _widen(query[g, d]) * scale
+        held = np.empty(size * block_size, np.float32)
+        scores = np.empty((sharing, (end_block - first_block) * block_size), np.float32)
+        for block in range(first_block, end_block):
+            _block_scores(
+                queries, wanted, numbers, start + blocks[block] * stride, held, amx, scores,
+                (block - first_block) * block_size, block_size, size,
+            )  # fmt: skip
+        _add_features(
+            scores, first_block * block_size, first, position, prompt, weights, soft_cap, sinks,
+            window, sink, np.empty(LANES, np.float32), np.empty(N_FEATURES, np.float32), out,
+        )  # fmt: skip
+
+    # fmt: off
+    @njit(nogil=True, cache=True, parallel=True)
+    def rows(
+        query, pages, amx, table, positions, prompts, weights, scale, soft_cap, sinks, seen,
+        window, sink, stats, slots, layer,
+    ):
+        # fmt: on
+        kv_heads, length = pages.shape[1], pages.shape[2]
+        sharing = query.shape[1] // kv_heads
         numbers = pages.reshape(-1)
-        for row in range(len(positions)):
-            position = positions[row]
-            first = max(0, position + 1 - seen)
-            first_block, end_block = first // block_size, position // block_size + 1
-            out[row] = F32(0)
-            for kv_head in range(kv_heads):
-                heads = slice(kv_head * sharing, (kv_head + 1) * sharing)
-                if not np.any(wanted[heads]):
-                    continue
-                for g in range(sharing):
-                    for d in range(size):
-                        queries[g, d] = _widen(query[row, heads.start + g, d]) * scale
-                for block in range(first_block, end_block):
-                    start = (table[row, block] * kv_heads + kv_head) * pages.shape[2]
-                    at = (block - first_block) * block_size
-                    _block_scores(
-                        queries, wanted[heads], numbers, start, held, amx, scores, at,
-                        block_size, size,
-                    )  # fmt: skip
-                _add_features(
-                    scores, first_block * block_size, first, position, prompts[row],
-                    weights[:, heads], soft_cap, sinks[heads], window, sink, lanes, features,
-                    out[row],
+        # Of each key head its part in the groups' means.
+        parts = np.zeros((len(positions), kv_heads, len(weights), N_FEATURES), np.float32)
+        for item in prange(len(positions) * kv_heads):
+            row, kv_head = item // kv_heads, item % kv_heads
+            heads = slice(kv_head * sharing, (kv_head + 1) * sharing)
+            if np.any(weights[:, heads]):
+                key_head(
+                    query[row, heads], numbers, kv_head * length, kv_heads * length, amx,
+                    table[row], positions[row], prompts[row], weights[:, heads], scale, soft_cap,
+                    sinks[heads], seen, window, sink, parts[row, kv_head],
                 )  # fmt: skip
+        for row in range(len(positions)):
+            for group in range(len(weights)):
+                for i in range(N_FEATURES):
+                    mean = F32(0)
+                    for kv_head in range(kv_heads):
+                        mean += parts[row, kv_head, group, i]
+                    stats[slots[row], layer, group, i] = mean
 
     return rows
 
 
-@njit(fastmath=FAST, nogil=True, cache=True)
-def token_rows(logits, rows, out):
-    """Entropy and self-certainty of logits[rows] [N, V] as in `reference.token_statistics`:
-    out [N, 2]."""
+@njit(fastmath=FAST, nogil=True)
+def _token_row(row, out):
+    """Entropy and self-certainty of the logits of one row [V]: out [2]."""
     lanes = np.empty(LANES, np.float32)
-    for i in range(len(rows)):
-        row = logits[rows[i]]
-        top, total, weighted, score_sum, n_words = -np.inf, 0.0, 0.0, 0.0, 0
-        for start in range(0, len(row), LOGITS_CHUNK):
-            part = row[start : start + LOGITS_CHUNK]
-            largest = _largest(part, lanes)
-            if largest == -np.inf:
-                continue  # all masked
-            if largest > top:
-                # What was summed so far was relative to a smaller maximum.
-                if n_words:
-                    rise = top - largest
-                    shrink = np.exp(rise)
-                    weighted = shrink * (weighted + rise * total)
-                    total *= shrink
-                    score_sum += rise * n_words
-                top = np.float64(largest)
-            shift = F32(top)
-            part_total, part_weighted, part_sum = F32(0), F32(0), F32(0)
+    top, total, weighted, score_sum, n_words = -np.inf, 0.0, 0.0, 0.0, 0
+    for start in range(0, len(row), LOGITS_CHUNK):
+        part = row[start : start + LOGITS_CHUNK]
+        largest = _largest(part, lanes)
+        if largest == -np.inf:
+            continue  # all masked
+        if largest > top:
+            # What was summed so far was relative to a smaller maximum.
+            if n_words:
+                rise = top - largest
+                shrink = np.exp(rise)
+                weighted = shrink * (weighted + rise * total)
+                total *= shrink
+                score_sum += rise * n_words
+            top = np.float64(largest)
+        shift = F32(top)
+        part_total, part_weighted, part_sum = F32(0), F32(0), F32(0)
+        for j in range(len(part)):
+            score = _widen(part[j]) - shift
+            part_sum += score
+            score = max(score, LEAST)
+            weight = _exp(score)
+            part_total += weight
+            part_weighted += weight * score
+        part_words = len(part)
+        if part_sum == -np.inf:  # some are masked
+            part_sum = F32(0)
             for j in range(len(part)):
                 score = _widen(part[j]) - shift
-                part_sum += score
-                score = max(score, LEAST)
-                weight = _exp(score)
-                part_total += weight
-                part_weighted += weight * score
-            part_words = len(part)
-            if part_sum == -np.inf:  # some are masked
-                part_sum = F32(0)
-                for j in range(len(part)):
-                    score = _widen(part[j]) - shift
-                    if score == -np.inf:
-                        part_words -= 1
-                    else:
-                        part_sum += score
-            total += part_total
-            weighted += part_weighted
-            score_sum += part_sum
-            n_words += part_words
-        log_total = np.log(total)
-        out[i, 0] = log_total - weighted / total
-        out[i, 1] = log_total - np.log(n_words) - score_sum / n_words
+                if score == -np.inf:
+                    part_words -= 1
+                else:
+                    part_sum += score
+        total += part_total
+        weighted += part_weighted
+        score_sum += part_sum
+        n_words += part_words
+    log_total = np.log(total)
+    out[0] = log_total - weighted / total
+    out[1] = log_total - np.log(n_words) - score_sum / n_words
+
+
+@njit(nogil=True, cache=True, parallel=True)
+def token_rows(logits, rows, out, slots):
+    """Entropy and self-certainty of logits[rows] [N, V] as in `reference.token_statistics`, into
+    out[slots] [slots of the engine, 2]."""
+    for i in prange(len(rows)):
+        _token_row(logits[rows[i]], out[slots[i]])

@@ -7,6 +7,7 @@ Axes: N rows of a step, T logits of a step, V vocabulary, B blocks of a row, H q
 size, G head groups, F features.
 """
 
+import ctypes
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -86,20 +87,22 @@ class CompiledRows:
 
     def __init__(self, kernel: Any, layers: Sequence[LayerRows], config: CaptureConfig) -> None:
         self._kernel = kernel
-        self._layers = layers
+        self.layers = layers
         self._constants = [
             (_weights(layer), np.float32(layer.rule.scale), np.float32(layer.rule.soft_cap),
              _sinks(layer), layer.sliding_window or NO_WINDOW, config.window, config.sink)
             for layer in layers
         ]  # fmt: skip
         self._config = config
+        self._threads = _Threads()
+        self._held: list[tuple[int, np.ndarray] | None] = [None] * len(layers)
 
     def prove(self, place: int, cache: torch.Tensor) -> None:
         """Compile for keys like those of `cache`, and compare with the reference on random ones.
 
         Raises RuntimeError where the two differ.
         """
-        layer = self._layers[place]
+        layer = self.layers[place]
         generator = torch.Generator().manual_seed(0)
         block_size = cache.shape[2]
         pages = torch.randn(3, *cache.shape[1:], generator=generator).to(cache.dtype)
@@ -108,7 +111,10 @@ class CompiledRows:
         table = torch.tensor([[2, 1], [1, 0]], dtype=torch.int32)
         positions = torch.tensor([block_size + 5, block_size - 2])
         step = StepRows(table, positions, positions - 3, block_size, self._config)
-        found = self.rows(place, query, pages, step)
+        slots = torch.tensor([3, 1])
+        stats = torch.zeros(4, len(self.layers), len(layer.groups), len(FEATURES))
+        self.write_rows(place, query, pages, step, stats, slots)
+        found = stats[slots, place]
         keys, plan = PagedKeys(pages, layer.layout), step.plan(layer.sliding_window)
         rows = row_statistics(query, keys, plan, layer.rule)
         weights = torch.from_numpy(self._constants[place][0])
@@ -119,31 +125,53 @@ class CompiledRows:
                 f"compiled for this processor cannot be used; {WITHOUT_CAPTURE}."
             )
 
-    def rows(
-        self, place: int, query: torch.Tensor, cache: torch.Tensor, step: StepRows
-    ) -> torch.Tensor:
-        """Rows [N, G, F] float32 of one traced layer.
+    def write_rows(
+        self,
+        place: int,
+        query: torch.Tensor,
+        cache: torch.Tensor,
+        step: StepRows,
+        stats: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        """Rows [N, G, F] of one traced layer, into stats[slots, place].
 
         Args:
             place: of the layer among the traced ones.
             query: [N, H, D] after rotary embedding.
             cache: the layer's keys and values as in `keys.PagedKeys`.
+            stats: [slots of the engine, L, G, F] float32.
+            slots: [N] int64.
         """
-        amx, constants = self._layers[place].layout == "amx", self._constants[place]
-        out = torch.empty(len(query), len(constants[0]), len(FEATURES))
         layer_rows = self._kernel.layer_rows(cache.shape[2], query.shape[2])
-        layer_rows(
-            _numbers(query), _numbers(cache.view(*cache.shape[:2], -1)), amx, *step.arrays,
-            *constants, out.numpy(),
-        )  # fmt: skip
-        return out
+        with self._threads:
+            layer_rows(
+                _numbers(query), self._pages(place, cache), self.layers[place].layout == "amx",
+                *step.arrays, *self._constants[place], stats.numpy(), slots.numpy(), place,
+            )  # fmt: skip
 
-    def token_statistics(self, logits: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-        """Token statistics [N, K] float32 of the rows [N] among logits [T, V]; None: of all."""
+    def _pages(self, place: int, cache: torch.Tensor) -> np.ndarray:
+        """The layer's keys and values where they lie, as [blocks, H_kv, 2 D block_size]."""
+        held = self._held[place]
+        if held is None or held[0] != cache.data_ptr():
+            if not cache.is_contiguous():
+                raise RuntimeError("a layer's keys and values are not contiguous")
+            pages = _numbers(cache.view(*cache.shape[:2], -1))
+            held = self._held[place] = cache.data_ptr(), pages
+        return held[1]
+
+    def write_tokens(
+        self,
+        logits: torch.Tensor,
+        rows: torch.Tensor | None,
+        tokens: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        """Token statistics of the rows [N] among logits [T, V], None: of all, into tokens[slots]
+        [slots of the engine, K] float32."""
         index = np.arange(len(logits)) if rows is None else rows.numpy()
-        out = torch.empty(len(index), len(TOKEN_STATISTICS))
-        self._kernel.token_rows(_numbers(logits), index, out.numpy())
-        return out
+        with self._threads:
+            self._kernel.token_rows(_numbers(logits), index, tokens.numpy(), slots.numpy())
 
 
 def compiled_rows(
@@ -160,13 +188,43 @@ def compiled_rows(
     compiled = CompiledRows(cpu_kernel, layers, config)
     for place, cache in enumerate(caches):
         compiled.prove(place, cache)
-    compiled.token_statistics(torch.zeros(1, 1, dtype=caches[0].dtype), None)
+    logits, tokens = torch.zeros(1, 1, dtype=caches[0].dtype), torch.zeros(1, len(TOKEN_STATISTICS))
+    compiled.write_tokens(logits, None, tokens, torch.zeros(1, dtype=torch.long))
     return compiled
+
+
+class _Threads:
+    """Within it the compiled loops run on torch's threads.
+
+    numba's OpenMP layer uses the OpenMP library that torch has loaded. Where it has another layer,
+    whose threads would compete with torch's, the loops have one thread.
+    """
+
+    def __init__(self) -> None:
+        import numba
+
+        self._get, self._set = numba.get_num_threads, numba.set_num_threads
+        n_threads, open_mp = torch.get_num_threads(), ctypes.CDLL(None)
+        nested = open_mp.omp_get_nested()
+        # Starts the layer, which sets both for torch as well.
+        self._set(self._get())
+        torch.set_num_threads(n_threads)
+        open_mp.omp_set_nested(nested)
+        most = numba.config.NUMBA_NUM_THREADS if numba.threading_layer() == "omp" else 1
+        self._n_threads, self._before = min(n_threads, most), most
+
+    def __enter__(self) -> None:
+        # Of the thread that calls.
+        self._before = self._get()
+        self._set(self._n_threads)
+
+    def __exit__(self, *_: object) -> None:
+        self._set(self._before)
 
 
 def _numbers(tensor: torch.Tensor) -> np.ndarray:
     """A contiguous float32 or bfloat16 tensor's numbers, bfloat16 as its 16 bits."""
-    tensor = tensor.detach().contiguous()
+    tensor = tensor.contiguous()
     if tensor.dtype == torch.bfloat16:
         tensor = tensor.view(torch.uint16)
     numbers: np.ndarray = tensor.numpy()

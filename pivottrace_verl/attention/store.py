@@ -57,10 +57,13 @@ class SlotStore:
         """Rows [N, H, F] of one traced layer."""
         self.stats[:, layer].index_copy_(0, slots, rows)
 
-    def finish_rows(self, slots: torch.Tensor, tokens: torch.Tensor, owner: torch.Tensor) -> None:
-        """Last write of a step: token statistics [N, K], and whose rows these now are."""
+    def write_tokens(self, slots: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Token statistics [N, K]."""
         self.tokens.index_copy_(0, slots, tokens)
-        self.owner.index_copy_(0, slots, owner)
+
+    def own(self, slots: torch.Tensor, owners: torch.Tensor) -> None:
+        """Last write of a step: whose rows [N] these now are."""
+        self.owner.index_copy_(0, slots, owners)
 
     def read(self, slots: np.ndarray, owner: int) -> tuple[np.ndarray, np.ndarray, int]:
         """stats [T, L, H, F], token statistics [T, K], and how many rows are not this owner's."""

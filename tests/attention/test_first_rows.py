@@ -140,7 +140,7 @@ def test_a_prompt_that_is_read_elsewhere_stops_the_engine(compiled):
 
 def test_a_first_request_without_all_its_rows_stops_the_engine():
     engine = Engine()
-    engine.capture.store.finish_rows = lambda slots, tokens, owners: None
+    engine.capture.store.own = lambda slots, owners: None
     with pytest.raises(RuntimeError, match="0 rows for the 1 tokens"):
         engine.prefill(70)
 

@@ -1,6 +1,9 @@
 """The paged row statistics equal the dense definitions, and the definitions mean what they say."""
 
 import math
+import os
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -87,6 +90,15 @@ def make_compiled(layout, rule, sliding_window, groups, n_heads, config):
     return CompiledRows(cpu_kernel, [layer], config)
 
 
+def compiled_rows_of(compiled, query, cache, step):
+    """[N, G, F] as they are written, among slots that stay as they were."""
+    slots, n_groups = torch.randperm(2 * len(query))[: len(query)], len(compiled.layers[0].groups)
+    stats = torch.full((2 * len(query), 1, n_groups, len(FEATURES)), -7.0)
+    compiled.write_rows(0, query, cache, step, stats, slots)
+    assert int((stats == -7.0).all(-1).sum()) == n_groups * len(query)
+    return stats[slots, 0]
+
+
 def worst(found, expected, config):
     error = (found - expected).abs()
     for i, name in enumerate(FEATURES):
@@ -150,7 +162,7 @@ def test_paged_rows_equal_dense_rows(
         step = StepRows(
             table[rows], torch.tensor(positions), torch.tensor(prompts), block_size, config
         )
-        found = compiled.rows(0, query, pages.cache, step)
+        found = compiled_rows_of(compiled, query, pages.cache, step)
         assert worst(found, expected, config) < 2e-5
 
 
@@ -164,12 +176,12 @@ def test_compiled_rows_average_the_heads_of_each_group_and_read_bfloat16():
         step = StepRows(table, torch.tensor([99, 40]), torch.tensor([10, 60]), 32, config)
         rows = row_statistics(query, half, step.plan(None), RULE)
         compiled = make_compiled(layout, RULE, None, groups, 6, config)
-        found = compiled.rows(0, query, half.cache, step)
+        found = compiled_rows_of(compiled, query, half.cache, step)
         assert worst(found, group_heads(rows, groups), config) < 2e-5
         # A key head none of whose query heads is wanted is not read.
         half.cache[:, 1] = torch.nan
         compiled = make_compiled(layout, RULE, None, ((0, 2),), 6, config)
-        found = compiled.rows(0, query, half.cache, step)
+        found = compiled_rows_of(compiled, query, half.cache, step)
         assert worst(found, group_heads(rows, ((0, 2),)), config) < 2e-5
 
 
@@ -182,9 +194,13 @@ def test_compiled_token_statistics_are_those_of_softmax_with_masked_words_left_o
     compiled = make_compiled("columns", RULE, None, ((0,),), 1, CaptureConfig())
     for dtype in (torch.float32, torch.bfloat16):
         own = logits.to(dtype)
-        found = compiled.token_statistics(own, torch.tensor([3, 1, 2]))
-        assert torch.allclose(found, token_statistics(own)[[3, 1, 2]], atol=2e-5)
-        assert torch.equal(compiled.token_statistics(own, None)[1:], found[[1, 2, 0]])
+        found = torch.zeros(6, 2)
+        compiled.write_tokens(own, torch.tensor([3, 1, 2]), found, torch.tensor([5, 0, 2]))
+        assert torch.allclose(found[[5, 0, 2]], token_statistics(own)[[3, 1, 2]], atol=2e-5)
+        assert not found[[1, 3, 4]].any()
+        every = torch.zeros(4, 2)
+        compiled.write_tokens(own, None, every, torch.arange(4))
+        assert torch.equal(every[1:], found[[0, 2, 5]])
 
 
 @pytest.mark.parametrize("sliding_window", [None, 9])
@@ -218,7 +234,7 @@ def test_compiled_rows_are_proved_before_they_are_used(monkeypatch):
     assert compiled_rows(caches, layers, config) is not None
     assert compiled_rows([cache.half() for cache in caches], layers, config) is None
     monkeypatch.setattr(
-        cpu_kernel, "layer_rows", lambda *shape: lambda *arguments: arguments[-1].fill(1.0)
+        cpu_kernel, "layer_rows", lambda *shape: lambda *arguments: arguments[-3].fill(1.0)
     )
     with pytest.raises(RuntimeError, match=r"wrong rows at start .*capture.enable=false"):
         compiled_rows(caches, layers, config)
@@ -332,3 +348,40 @@ def test_a_layout_that_is_not_known_is_not_guessed():
     assert find_layout(cache, row_by_row) is None
     assert bool((cache == 3.0).all())
     assert find_layout(cache.transpose(0, 1), row_by_row) is None
+
+
+def test_compiled_rows_share_torchs_threads_and_leave_them_as_they_were():
+    """In a process of its own: threads are of the process."""
+    code = """
+import ctypes, os, sys
+import numpy as np
+import torch
+
+n_threads = int(sys.argv[1])
+torch.set_num_threads(n_threads)
+torch.randn(1_000_000).exp()
+from pivottrace_verl.attention import cpu_kernel
+from pivottrace_verl.attention.cpu_rows import CompiledRows
+from pivottrace_verl.attention.config import CaptureConfig
+from numba import get_num_threads
+
+open_mp = ctypes.CDLL(None)
+before = len(os.listdir("/proc/self/task")), open_mp.omp_get_nested()
+compiled = CompiledRows(cpu_kernel, [], CaptureConfig())
+idle = get_num_threads()
+tokens = torch.zeros(8, 2)
+compiled.write_tokens(torch.randn(8, 50), None, tokens, torch.arange(8))
+assert tokens.all()
+assert (len(os.listdir("/proc/self/task")), open_mp.omp_get_nested()) == before
+assert torch.get_num_threads() == n_threads
+assert get_num_threads() == idle
+with compiled._threads:
+    print(get_num_threads())
+"""
+    for n_threads in (1, 2):
+        found = subprocess.run(
+            [sys.executable, "-c", code, str(n_threads)],
+            capture_output=True, text=True, check=False, env={**os.environ, "NUMBA_NUM_THREADS": "2"},
+        )  # fmt: skip
+        assert found.returncode == 0, found.stderr
+        assert found.stdout.split() == [str(n_threads)]

@@ -53,7 +53,8 @@ class Engine:
             self.store.write_layer(layer, slots, torch.full((1, 1, 1), value + layer / 2))
         *_, owners = self.tracker.rows_of([req_id])
         tokens = torch.tensor([[-value, 2 * value]])
-        self.store.finish_rows(slots, tokens, torch.from_numpy(owners))
+        self.store.write_tokens(slots, tokens)
+        self.store.own(slots, torch.from_numpy(owners))
         state.output_token_ids.append(0)
 
 
@@ -202,7 +203,8 @@ class Stage(Engine):
             self.store.write_layer(layer, slots, torch.full((1, 1, 1), value + layer / 2))
         *_, owners = self.tracker.rows_of([req_id])
         tokens = torch.tensor([[-value, 2 * value]])
-        self.store.finish_rows(slots, tokens, torch.from_numpy(owners))
+        self.store.write_tokens(slots, tokens)
+        self.store.own(slots, torch.from_numpy(owners))
 
 
 def test_rows_are_counted_as_scheduled_where_output_tokens_are_not_known():
