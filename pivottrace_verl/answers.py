@@ -49,6 +49,7 @@ __all__ = [
     "grade",
     "grade_many",
     "majority",
+    "takes_many",
 ]
 
 
@@ -130,7 +131,7 @@ def get_answers(kind: str) -> AnswerKind:
 def extract_many(kind: AnswerKind | str, texts: Sequence[str]) -> list[Answer]:
     """[N] texts -> [N] answers; None is unparseable."""
     kind = _made(kind)
-    if _takes_many(kind):
+    if takes_many(kind):
         return kind.extract_many(texts)
     return [kind.extract(text) for text in texts]
 
@@ -138,7 +139,7 @@ def extract_many(kind: AnswerKind | str, texts: Sequence[str]) -> list[Answer]:
 def canonical_many(kind: AnswerKind | str, labels: Sequence[str]) -> list[Answer]:
     """[N] labels or answers -> [N] canonical forms; None is unparseable."""
     kind = _made(kind)
-    if _takes_many(kind):
+    if takes_many(kind):
         return kind.canonical_many(labels)
     return [kind.canonical(label) for label in labels]
 
@@ -146,7 +147,7 @@ def canonical_many(kind: AnswerKind | str, labels: Sequence[str]) -> list[Answer
 def equal_many(kind: AnswerKind | str, pairs: Sequence[tuple[str, str]]) -> list[bool | TimedOut]:
     """[N] (answer, label) -> [N] whether they mean the same."""
     kind = _made(kind)
-    if _takes_many(kind):
+    if takes_many(kind):
         return kind.equal_many(pairs)
     return [kind.equal(a, b) for a, b in pairs]
 
@@ -258,7 +259,7 @@ def cluster(answers: Sequence[Answer], kind: AnswerKind | str) -> Clusters:
 def _equal_either_way(
     kind: AnswerKind, pairs: Sequence[tuple[str, str]]
 ) -> Sequence[bool | TimedOut]:
-    if not _takes_many(kind):
+    if not takes_many(kind):
         return [kind.equal(a, b) or kind.equal(b, a) for a, b in pairs]
     there = kind.equal_many(pairs)
     if kind.symmetric:
@@ -300,7 +301,8 @@ def majority(clusters: Clusters, quorum: int = 1, min_agreement: float = 0.0) ->
     return ranked[0][0]
 
 
-def _takes_many(kind: AnswerKind) -> TypeGuard[ManyAnswers]:
+def takes_many(kind: AnswerKind) -> TypeGuard[ManyAnswers]:
+    """Whether the kind asks the workers."""
     # isinstance with a protocol would cost more than the comparison of two numbers.
     return hasattr(kind, "equal_many")
 

@@ -157,14 +157,30 @@ def find_pivots(trace: NDArray[Any], cfg: DetectorConfig) -> NDArray[np.int64]:
 
 def pivots_of(row: NDArray[Any], cfg: DetectorConfig) -> NDArray[np.int64]:
     """`find_pivots` from the followed signal [T] itself."""
+    return np.flatnonzero(_is_pivot(changes(row, cfg), cfg))
+
+
+def counts_of(rows: Sequence[NDArray[Any]], cfg: DetectorConfig) -> list[int]:
+    """Number of pivots in each followed signal [T]: of many short ones faster than one by one."""
+    if not rows:
+        return []
+    # So far apart, no change is near one of the next signal.
+    apart = np.zeros(cfg.refractory)
+    found = _is_pivot(np.concatenate([x for row in rows for x in (changes(row, cfg), apart)]), cfg)
+    ends = np.cumsum([len(row) + len(apart) for row in rows])
+    counts: list[int] = np.diff(np.cumsum(found)[ends - 1], prepend=0).tolist()
+    return counts
+
+
+def _is_pivot(step: Floats, cfg: DetectorConfig) -> NDArray[np.bool_]:
+    """[T] changes -> [T]."""
     if cfg.tau is None:
         raise PivotTraceError("The detector has no tau yet: calibrate it before counting pivots.")
-    step = changes(row, cfg)
-    found = (step >= cfg.tau) & (step > 0.0)
+    found: NDArray[np.bool_] = (step >= cfg.tau) & (step > 0.0)
     for away in range(1, min(cfg.refractory, len(step))):
         found[away:] &= step[:-away] < step[away:]
         found[:-away] &= step[away:] <= step[:-away]
-    return np.flatnonzero(found)
+    return found
 
 
 def count(trace: NDArray[Any], cfg: DetectorConfig) -> int:

@@ -27,6 +27,8 @@ class MemoryStore:
         self.tags: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
         self.puts: list[list[str]] = []
         """Names of the fields of each put."""
+        self.gets: list[list[str] | None] = []
+        """Names of the fields that each get asked for."""
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
         for name in ("kv_batch_put", "kv_batch_get", "kv_list", "kv_clear"):
@@ -60,6 +62,7 @@ class MemoryStore:
     def kv_batch_get(
         self, keys: Sequence[str], partition_id: str, select_fields: Sequence[str] | None = None
     ) -> TensorDict:
+        self.gets.append(None if select_fields is None else list(select_fields))
         rows = [self.fields[partition_id][key] for key in keys]
         names = [n for n in rows[0] if select_fields is None or n in select_fields]
         columns = {name: [copy.deepcopy(row[name]) for row in rows] for name in names}

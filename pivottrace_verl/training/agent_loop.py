@@ -24,14 +24,15 @@ import asyncio
 import dataclasses
 import hashlib
 import logging
+import os
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import compress
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import ray
+from numpy.typing import NDArray
 from omegaconf import OmegaConf
 from verl.experimental.agent_loop import AgentLoopOutput
 from verl.trainer.ppo.v1.agent_loop_tq import AgentLoopManagerTQ, AgentLoopWorkerTQ
@@ -123,7 +124,9 @@ class PivotAgentLoopWorker(_Worker):
         if self._seed is not None:
             pt_id = kwargs["extra_info"]["pt_id"]
             seed = request_seed(self._seed, pt_id, trajectory["step"], session)
-        rollout = Rollout(f"{uid}-{session}-{uuid4().hex[:8]}", capture=self._capture, seed=seed)
+        rollout = Rollout(
+            f"{uid}-{session}-{os.urandom(4).hex()}", capture=self._capture, seed=seed
+        )
         self._rollouts[uid, session] = rollout
         try:
             with tracing(rollout):
@@ -168,16 +171,15 @@ class PivotAgentLoopWorker(_Worker):
     async def _judge(self, outputs: list[AgentLoopOutput], kwargs: dict[str, Any]) -> None:
         uid, session, info = kwargs["uid"], kwargs["session_id"], kwargs["extra_info"]
         group, rollout, final = self._groups[uid], self._rollouts[uid, session], outputs[-1]
-        traced = rollout.summary(self._detector)
         logprob = mean_logprob(outputs) if self._logprobs else None
-        weight = self._policy.weight_of(logprob, traced.get("pivots"))
-        group.arrive(session, await self._score(outputs, kwargs, weight))
+        group.arrive(session, await self._score(outputs, kwargs, logprob, rollout.signals()))
         waits = info["route"] == "annotate" and not info["labeled"]
         place, verdict = await group.verdict(
             session,
             labeled=info["labeled"],
             kind=self._kind,
             policy=self._waiting if waits else self._policy,
+            detector=self._detector,
         )
         reward, score = verdict.rewards[place], verdict.scores[place]
         final.reward_score = reward
@@ -192,7 +194,7 @@ class PivotAgentLoopWorker(_Worker):
         for output in outputs[:-1]:
             output.extra_fields["pivottrace"] = scale
         final.extra_fields["pivottrace"] = {
-            **traced,
+            **rollout.summary(group.pivots[place]),
             **scale,
             "pt_id": info["pt_id"],
             "labeled": bool(info["labeled"]),
@@ -211,7 +213,11 @@ class PivotAgentLoopWorker(_Worker):
         }
 
     async def _score(
-        self, outputs: list[AgentLoopOutput], kwargs: dict[str, Any], weight: float | None
+        self,
+        outputs: list[AgentLoopOutput],
+        kwargs: dict[str, Any],
+        logprob: float | None,
+        signals: list[NDArray[Any]] | None,
     ) -> Scored:
         """Ask a reward worker."""
         info, last = kwargs["extra_info"], last_turn(outputs[-1])
@@ -233,7 +239,7 @@ class PivotAgentLoopWorker(_Worker):
             answer = await asyncio.to_thread(self._read, last.response_ids)
             if info["labeled"] and answer is TIMED_OUT:
                 answer = None  # its score is known all the same
-        return Scored.of(last.reward_score, told, answer, weight)
+        return Scored.of(last.reward_score, told, answer, logprob, signals)
 
     def _read(self, tokens: list[int]) -> Answer:
         """The answer in a response, as the reward function of our own reads it."""

@@ -9,7 +9,7 @@ a tool comes between them. A part that is missing makes the whole trace missing.
 
     with tracing(Rollout("key", capture=True)) as rollout:    # in the agent-loop worker
         output = await agent_loop.run(...)                    # calls client.generate
-    rollout.summary(detector)
+    rollout.signals(), rollout.summary(pivots)
 
 Axes: T generated tokens.
 """
@@ -23,10 +23,9 @@ from contextvars import ContextVar
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from verl.workers.rollout.llm_server import FullyAsyncLLMServerClient, LLMServerClient
 from verl.workers.rollout.replica import TokenOutput
-
-from pivottrace_verl.pivots import DetectorConfig, pivots_of
 
 _ABORTED = ("abort", "aborted")
 
@@ -87,22 +86,26 @@ class Rollout:
         """Whether the engine gave the last turn up: the rollout has no end."""
         return bool(self._turns) and self._turns[-1].aborted
 
-    def summary(self, detector: DetectorConfig) -> dict[str, Any]:
-        """What the rollout's record carries of its trace: `traced`, and if so `pivots`,
-        `pivot_density` (per generated token) and `entropy` (mean, nats)."""
+    def signals(self) -> list[NDArray[Any]] | None:
+        """The followed signal [T] of each turn that has tokens; None if a part is missing."""
         turns = [turn.parts for turn in self._turns if turn.parts]
-        parts = [part for turn in turns for part in turn]
-        known = [part for part in parts if part is not None]
-        if not known or len(known) < len(parts):
+        if not turns or any(part is None for turn in turns for part in turn):
+            return None
+        return [np.concatenate([part["signal"] for part in turn if part]) for turn in turns]
+
+    def summary(self, pivots: int | None) -> dict[str, Any]:
+        """What the rollout's record carries of its trace, with so many pivots in its `signals`
+        (None: it has none): `traced`, and if so `pivots`, `pivot_density` (per generated token)
+        and `entropy` (mean, nats)."""
+        if pivots is None:
             return {"traced": False}
-        signals = [np.concatenate([part["signal"] for part in turn if part]) for turn in turns]
-        n_tokens = sum(map(len, signals))
-        pivots = sum(len(pivots_of(signal, detector)) for signal in signals)
+        parts = [part for turn in self._turns for part in turn.parts if part]
+        n_tokens = sum(len(part["signal"]) for part in parts)
         return {
             "traced": True,
             "pivots": pivots,
             "pivot_density": pivots / n_tokens,
-            "entropy": math.fsum(part["entropy_sum"] for part in known) / n_tokens,
+            "entropy": math.fsum(part["entropy_sum"] for part in parts) / n_tokens,
         }
 
 

@@ -11,27 +11,19 @@ import transfer_queue as tq
 from tensordict import TensorDict
 
 
-def records(batch: Any) -> list[tuple[str, dict[str, Any]]]:
-    """(uid, record) of every real trajectory of the batch; padding rows are skipped.
-
-    A record is what `agent_loop` left under `extra_fields["pivottrace"]`; of a rollout in several
-    trajectories only the last has a whole one.
-    """
-    keys = [k for k, t in zip(batch.keys, batch.tags, strict=True) if not t.get("is_padding")]
-    return records_of(keys, batch.partition_id)
-
-
-def records_of(keys: list[str], partition: str) -> list[tuple[str, dict[str, Any]]]:
-    """`records` of trajectories by key."""
+def records(keys: list[str], partition: str) -> list[dict[str, Any]]:
+    """What `agent_loop` left under `extra_fields["pivottrace"]` of each trajectory, {} if nothing;
+    verl's padding has that of the row that it was made from."""
     if not keys:
         return []
     data = tq.kv_batch_get(keys=keys, partition_id=partition, select_fields=["extra_fields"])
-    fields = data.pop("extra_fields").tolist()
-    return [
-        (key.split("_", 1)[0], extra["pivottrace"])
-        for key, extra in zip(keys, fields, strict=True)
-        if "reward" in extra.get("pivottrace", {})
-    ]
+    return [extra.get("pivottrace", {}) for extra in data.pop("extra_fields").tolist()]
+
+
+def whole(keys: list[str], records: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+    """(uid, record) of each rollout: in several trajectories, only the last has a whole one."""
+    pairs = zip(keys, records, strict=True)
+    return [(key.split("_", 1)[0], record) for key, record in pairs if "reward" in record]
 
 
 def column(batch: Any, name: str) -> Any:
@@ -39,14 +31,6 @@ def column(batch: Any, name: str) -> Any:
     return tq.kv_batch_get(keys=batch.keys, partition_id=batch.partition_id, select_fields=[name])[
         name
     ]
-
-
-def extra_fields(batch: Any) -> list[dict[str, Any]]:
-    """`extra_fields` of every row, padding included, in the batch's order."""
-    data = tq.kv_batch_get(
-        keys=batch.keys, partition_id=batch.partition_id, select_fields=["extra_fields"]
-    )
-    return list(data.pop("extra_fields").tolist())
 
 
 def put(batch: Any, fields: Any) -> Any:

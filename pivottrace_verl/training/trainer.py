@@ -58,6 +58,7 @@ class PivotTrainerMixin(PPOTrainer):
         config = SteeringConfig.of(block, batch_size, n)
         self.steering = Steering(items, labelled, config, self._prompts)
         self._scaled: list[tuple[torch.Tensor, str | None]] = []
+        self._records: list[tuple[str, dict[str, Any]]] = []
         self._traces_lost: dict[str, int] = {}
         self._set_aside: list[tuple[str, dict[str, Any]]] = []
         self.train_dataloader = StatefulDataLoader(
@@ -105,7 +106,7 @@ class PivotTrainerMixin(PPOTrainer):
             if partition == "train":
                 done = uids & buffer.finished_keys[partition]
                 keys = [k for k in buffer.partitions[partition] if k.split("_", 1)[0] in done]
-                self._set_aside += queue.records_of(keys, partition)
+                self._set_aside += queue.whole(keys, queue.records(keys, partition))
                 self._failed_prompts += len(uids & buffer.failure_keys[partition])
             clear(partition, uids)
 
@@ -158,10 +159,12 @@ class PivotTrainerMixin(PPOTrainer):
     def _compute_advantage(self, batch: Any, metrics: dict) -> Any:
         batch = super()._compute_advantage(batch, metrics)
         start = time.perf_counter()
+        found = queue.records(batch.keys, batch.partition_id)
         records = [
-            {} if tag.get("is_padding") else extra.get("pivottrace", {})
-            for tag, extra in zip(batch.tags, queue.extra_fields(batch), strict=True)
+            {} if tag.get("is_padding") else record
+            for tag, record in zip(batch.tags, found, strict=True)
         ]
+        self._records += queue.whole(batch.keys, records)
         by_route = self.steering.weights(self.global_steps)
         weights = [r["weight"] * by_route[r["route"]] if r else 1.0 for r in records]
         advantages = list(queue.column(batch, "advantages").unbind())
@@ -175,7 +178,8 @@ class PivotTrainerMixin(PPOTrainer):
 
     def step(self, metrics: dict, timing_raw: dict) -> Any:
         batch = super().step(metrics, timing_raw)
-        records = queue.records(batch)
+        # Of all the step's mini-batches, which separate_async trains one by one.
+        records, self._records = self._records, []
         # Before the checkpoint is written, so that a resumed run knows what this step taught.
         ours, sentences = self.steering.end(self.global_steps, records, self._set_aside)
         self._set_aside = []
@@ -186,7 +190,6 @@ class PivotTrainerMixin(PPOTrainer):
         metrics["pivottrace/prompts/failed"] = lost
         if failed or lost:
             sentences = [*sentences, failures(self.global_steps, failed, lost)]
-        # Of all the step's mini-batches, which separate_async trains one by one.
         metrics.update(advantage_scales(*zip(*self._scaled, strict=True)))
         self._scaled = []
         if self.config.pivottrace.capture.enable:

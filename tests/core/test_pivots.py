@@ -15,8 +15,10 @@ from pivottrace_verl.pivots import (
     calibrate_tau,
     changes,
     count,
+    counts_of,
     density,
     find_pivots,
+    pivots_of,
     signal,
     signals,
 )
@@ -190,6 +192,24 @@ def test_pivots_are_those_of_a_scan_token_by_token(row, refractory, change, tau)
         if size >= tau and size > 0 and (before < size).all() and (after <= size).all():
             expected.append(i)
     assert find_pivots(make_trace(row), cfg).tolist() == expected
+
+
+@quick
+@given(
+    st.lists(st.lists(st.integers(-40, 40).map(lambda k: k / 8), max_size=30), max_size=6),
+    st.integers(1, 12),
+    st.integers(1, 4),
+    st.sampled_from([0.0, 0.5, 2.0]),
+)
+def test_many_signals_at_once_have_the_pivots_of_each(rows, refractory, skip_first, tau):
+    cfg = replace(CFG, refractory=refractory, skip_first=skip_first, tau=tau)
+    rows = [np.asarray(row, dtype=np.float32) for row in rows]
+    assert counts_of(rows, cfg) == [len(pivots_of(row, cfg)) for row in rows]
+
+
+def test_a_signals_end_hides_no_pivot_at_the_start_of_the_next():
+    rows = [np.array([0.0, 0.0, 0.0, 9.0]), np.array([0.0, 1.0, 1.0, 1.0])]
+    assert counts_of(rows, replace(CFG, refractory=5)) == [1, 1]
 
 
 def test_a_signal_has_the_same_bits_alone_and_among_others():

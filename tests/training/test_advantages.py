@@ -76,7 +76,7 @@ def a_trainer(estimator: str = "grpo", **weights: float) -> Any:
     )
     made.steering = Steering(items, ids[:4], SteeringConfig.of(block, 4, 4), lambda rows: [])
     made.global_steps = 1
-    made._scaled, made._set_aside = [], []
+    made._scaled, made._records, made._set_aside = [], [], []
     return made
 
 
@@ -236,7 +236,9 @@ def test_a_step_reports_all_its_mini_batches_once_and_the_next_begins_afresh(
         assert metrics[f"pivottrace/{route}/rollouts"] == len(sizes)
     assert metrics["pivottrace/set_aside/annotate"] == 1.0
     assert metrics["pivottrace/rollouts/failed"] == 2.0 * len(GROUPS)
-    assert made._scaled == [] and made._set_aside == []
+    assert made._scaled == [] and made._records == [] and made._set_aside == []
+    # A rollout's record is read once; the first of two trajectories and padding have none.
+    assert store.gets.count(["extra_fields"]) == 2
 
 
 # What verl does not train on
@@ -335,9 +337,10 @@ def test_records_and_columns_are_read_in_the_batchs_order_without_padding(
     batch = a_batch(store, turns=True)
     # The first of two trajectories has no record of its own, and padding has none.
     whole = [k for k in batch.keys if not k.startswith("pad") and k[2:] != "_0_0"]
-    records = trainer.queue.records(batch)
-    assert [uid for uid, _ in records] == [key.split("_")[0] for key in whole]
-    assert all(uid == row["pt_id"] for uid, row in records)
-    assert trainer.queue.records_of([], "train") == []
+    made = a_trainer()
+    made._compute_advantage(batch, {})
+    assert [uid for uid, _ in made._records] == [key.split("_")[0] for key in whole]
+    assert all(uid == row["pt_id"] for uid, row in made._records)
+    assert trainer.queue.records([], "train") == []
     lengths = [len(row) for row in trainer.queue.column(batch, "responses").unbind()]
     assert lengths == [len(store.fields["train"][key]["responses"]) for key in batch.keys]

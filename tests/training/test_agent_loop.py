@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 
@@ -12,6 +13,8 @@ from pivottrace_verl.errors import PivotTraceError
 agent_loop = pytest.importorskip(
     "pivottrace_verl.training.agent_loop", reason="verl is not installed"
 )
+
+from verl.workers.rollout.replica import TokenOutput  # noqa: E402
 
 from tests.group_hook import HookWorker, outputs_of  # noqa: E402
 
@@ -128,6 +131,35 @@ def test_a_group_of_which_one_rollout_is_left_has_no_vote_and_teaches_nothing() 
     outputs = [answers(7), answers(7)]
     assert together(*outputs, aborted=[1]) == [0.0, None]
     assert (record(outputs[0])["outcome"], record(outputs[0])["weight"]) == ("no_vote", 0.0)
+
+
+def test_each_record_has_the_trace_of_its_own_rollout() -> None:
+    traces: list[list[Any]] = [[3], [None], [0, 2], [5], [7]]
+    outputs = [answers(7), answers(7), answers(7), answers(7), answers(9)]
+    worker = make(*outputs, aborted=[3])
+    agent = worker.generate
+
+    def generate(rollout: Any, uid: str, session: int) -> list[Any]:
+        # Of each turn a signal of so many steps, far from each other.
+        for steps in traces[session]:
+            part = None
+            if steps is not None:
+                signal = np.repeat(np.arange(steps + 1.0), 10)
+                part = {"signal": signal, "entropy_sum": float(steps * len(signal))}
+            turn = rollout.turn(2)
+            turn.take(TokenOutput(token_ids=[1], extra_fields={"pivottrace": part}))
+        return agent(rollout, uid, session)
+
+    worker.generate = generate
+    assert become(worker, 5) == [1.0, 1.0, 1.0, None, 0.0]
+    names = ("traced", "pivots", "pivot_density", "entropy")
+    found = [tuple(record(outputs[i]).get(name) for name in names) for i in (0, 1, 2, 4)]
+    assert found == [
+        (True, 3, 3 / 40, 3.0),
+        (False, None, None, None),
+        (True, 2, 2 / 40, 1.5),
+        (True, 7, 7 / 80, 7.0),
+    ]
 
 
 def test_all_trajectories_of_a_rollout_carry_its_weight_and_one_its_record() -> None:
