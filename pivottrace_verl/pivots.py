@@ -34,6 +34,9 @@ FEATURES: tuple[str, ...] = (
     "response_distance",
     *(f"bucket_{b}" for b in range(16)),
 )
+MANY_TOKENS = 4096
+"""Signals that are longer on average are looked through one by one: joined, they would not stay in
+a processor's nearer caches."""
 
 Floats = NDArray[np.float64]
 
@@ -162,8 +165,8 @@ def pivots_of(row: NDArray[Any], cfg: DetectorConfig) -> NDArray[np.int64]:
 
 def counts_of(rows: Sequence[NDArray[Any]], cfg: DetectorConfig) -> list[int]:
     """Number of pivots in each followed signal [T]: of many short ones faster than one by one."""
-    if not rows:
-        return []
+    if sum(map(len, rows)) >= MANY_TOKENS * len(rows):
+        return [len(pivots_of(row, cfg)) for row in rows]
     # So far apart, no change is near one of the next signal.
     apart = np.zeros(cfg.refractory)
     found = _is_pivot(np.concatenate([x for row in rows for x in (changes(row, cfg), apart)]), cfg)

@@ -207,6 +207,14 @@ def test_many_signals_at_once_have_the_pivots_of_each(rows, refractory, skip_fir
     assert counts_of(rows, cfg) == [len(pivots_of(row, cfg)) for row in rows]
 
 
+def test_long_signals_have_the_same_pivots_one_by_one(monkeypatch):
+    rows = [np.random.default_rng(i).random(50).cumsum() % 1 for i in range(4)]
+    joined = counts_of(rows, CFG)
+    assert sum(joined) > 0
+    monkeypatch.setattr("pivottrace_verl.pivots.MANY_TOKENS", 50)
+    assert counts_of(rows, CFG) == joined
+
+
 def test_a_signals_end_hides_no_pivot_at_the_start_of_the_next():
     rows = [np.array([0.0, 0.0, 0.0, 9.0]), np.array([0.0, 1.0, 1.0, 1.0])]
     assert counts_of(rows, replace(CFG, refractory=5)) == [1, 1]
