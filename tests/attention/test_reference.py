@@ -378,10 +378,14 @@ assert get_num_threads() == idle
 with compiled._threads:
     print(get_num_threads())
 """
+    environment = {**os.environ, "NUMBA_NUM_THREADS": "2"}
     for n_threads in (1, 2):
         found = subprocess.run(
             [sys.executable, "-c", code, str(n_threads)],
-            capture_output=True, text=True, check=False, env={**os.environ, "NUMBA_NUM_THREADS": "2"},
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            check=False,
+            env=environment,
+        )
         assert found.returncode == 0, found.stderr
         assert found.stdout.split() == [str(n_threads)]
