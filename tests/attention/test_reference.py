@@ -366,6 +366,7 @@ import numpy as np
 import torch
 
 n_threads = int(sys.argv[1])
+import scipy.linalg  # has threads of its own
 torch.set_num_threads(n_threads)
 torch.randn(600, 600) @ torch.randn(600, 600)
 from pivottrace_verl.attention import cpu_kernel
