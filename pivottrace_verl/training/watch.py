@@ -52,13 +52,14 @@ class Watch:
         self._asked: dict[Any, str] = {}
         self._left = threading.Event()
         self._lock = threading.Lock()
+        self._sending = threading.Lock()
         self._said: str | None = None
         self._refused = False
         self._thread = threading.Thread(target=self._run, name="pivottrace-watch", daemon=True)
 
     def __enter__(self) -> Watch:
         # Ray's workers block it, and only KeyboardInterrupt comes out of `ray.get`.
-        self._handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._handler = signal.signal(signal.SIGINT, self._interrupted)
         self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         self._thread.start()
         return self
@@ -69,7 +70,12 @@ class Watch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._left.set()
+        while not self._left.is_set():
+            try:
+                with self._sending:
+                    self._left.set()
+            except KeyboardInterrupt as interrupt:
+                error = error or interrupt
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
@@ -85,6 +91,11 @@ class Watch:
             self.look(timeout=POLL_S)
         if self._said is not None:
             raise PivotTraceError(self._said) from error
+
+    def _interrupted(self, *_: object) -> None:
+        # One that was sent when the block was about to be left is for nobody.
+        if self._said is None or not self._left.is_set():
+            raise KeyboardInterrupt
 
     def look(self, timeout: float = 0.0) -> str | None:
         """Collect signs of life and ask for the next; the sentence to end with, if one is dead."""
@@ -116,7 +127,10 @@ class Watch:
         while main is not None and not self._left.is_set():
             if time.monotonic() > deadline:
                 os._exit(1)
-            signal.pthread_kill(main, signal.SIGINT)
+            # Not while the block is being left: it would reach what comes after.
+            with self._sending:
+                if not self._left.is_set():
+                    signal.pthread_kill(main, signal.SIGINT)
             self._left.wait(POLL_S)
 
 

@@ -106,6 +106,26 @@ def test_what_is_refused_just_before_the_end_is_not_missed(worker_class: Any) ->
         pass
 
 
+def test_an_interruption_never_reaches_what_comes_after_the_block(
+    worker_class: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = worker_class.remote()
+    refused = worker.watch.remote()
+    ray.wait([refused])
+    about_to, kill = threading.Event(), signal.pthread_kill
+
+    def slowly(thread: int, number: int) -> None:
+        about_to.set()
+        time.sleep(0.5)
+        kill(thread, number)
+
+    monkeypatch.setattr(signal, "pthread_kill", slowly)
+    signs, said = {"agent-loop worker 0": lambda: refused}, "cannot be compared"
+    with pytest.raises(PivotTraceError, match=said), watch.Watch(signs):
+        about_to.wait(10)
+    time.sleep(1.0)
+
+
 def test_an_error_that_the_dead_process_caused_becomes_the_same_sentence(
     worker_class: Any,
 ) -> None:
