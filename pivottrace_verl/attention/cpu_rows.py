@@ -214,11 +214,12 @@ class _Threads:
         import numba
 
         self._get, self._set = numba.get_num_threads, numba.set_num_threads
-        n_threads, open_mp = torch.get_num_threads(), ctypes.CDLL(None)
-        nested = open_mp.omp_get_nested()
-        # Starts the layer, which sets both for torch as well.
+        open_mp = ctypes.CDLL(None)
+        n_threads, nested = open_mp.omp_get_max_threads(), open_mp.omp_get_nested()
+        # Starts the layer, which sets both for torch as well. Not put back by torch's own function,
+        # which would change how MKL adds up.
         self._set(self._get())
-        torch.set_num_threads(n_threads)
+        open_mp.omp_set_num_threads(n_threads)
         open_mp.omp_set_nested(nested)
         most = numba.config.NUMBA_NUM_THREADS if numba.threading_layer() == "omp" else 1
         self.number: int = min(n_threads, most)
