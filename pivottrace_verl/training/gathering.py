@@ -108,7 +108,7 @@ class Group:
             rollouts = [self._arrived[s] for s in order]
 
             def decide() -> Verdict:
-                self.pivots = pivots_of(rollouts, detector)
+                self.pivots = pivot_counts(rollouts, detector)
                 start = time.perf_counter()
                 verdict = judge(
                     [rollout.answer for rollout in rollouts],
@@ -135,7 +135,7 @@ class Group:
         return order.index(session), await self._verdict
 
 
-def pivots_of(rollouts: Sequence[Scored], detector: DetectorConfig) -> list[int | None]:
+def pivot_counts(rollouts: Sequence[Scored], detector: DetectorConfig) -> list[int | None]:
     """[G] of each rollout, all its turns together; None where it was not traced."""
     signals = [rollout.signals for rollout in rollouts]
     counts = iter(counts_of([row for rows in signals for row in rows or ()], detector))

@@ -14,7 +14,6 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
 from typing import Any
 
 from pivottrace_verl.attention.channel import Receiver
@@ -88,9 +87,10 @@ def copy_queries_and_keys(llm: Any, layers: tuple[int, ...], clock: Clock) -> tu
 
 
 def decode(
-    llm: Any, clock: Clock, switch: Callable[[bool], None], request: dict[str, Any]
+    llm: Any, clock: Clock, switched: list[Any], request: dict[str, Any]
 ) -> list[tuple[bool, float, float]]:
-    """Generate one batch; the steps after every request has its first token."""
+    """Generate one batch; the steps after every request has its first token. What captures or
+    copies looks at its `asked` in every step."""
     import torch
     from vllm import SamplingParams
 
@@ -111,7 +111,8 @@ def decode(
     while llm.llm_engine.has_unfinished_requests():
         everyone = len(started) == len(prompts)
         captured = not everyone or (len(steps) + request["seed"]) % request["every"] == 0
-        switch(captured)
+        for one in switched:
+            one.asked = captured
         in_hooks, start = clock.seconds, time.perf_counter()
         outputs = llm.llm_engine.step()
         took = time.perf_counter() - start
@@ -147,37 +148,28 @@ def main() -> None:
         max_num_batched_tokens=max(2048, int(longest)),
         enable_prefix_caching=False,
     )
-    clock, kept = Clock(), []
-
-    def switch(on: bool) -> None:
-        """Whether the next step is captured or copied."""
-        if copies is not None:
-            copies.asked = on
-        for capture in captures:
-            capture.asked = on
-
-    copies, captures = None, list(vllm_hooks._captures)
+    clock, kept, switched = Clock(), [], list(vllm_hooks._captures)
     if receiver is not None:
         receiver.wait_ready(5.0)
-        for capture in captures:
+        for capture in switched:
             only_when_asked(capture)
             for name in ("observe", "record", "finish"):
                 clock.time(capture, name)
     elif kind == "copy":
         kept, copies = copy_queries_and_keys(llm, layers, clock)
+        switched.append(copies)
     for line in sys.stdin:
         request = json.loads(line)
-        steps = decode(llm, clock, switch, request)
+        steps = decode(llm, clock, switched, request)
         kept.clear()
-        start, complete = time.perf_counter(), 0
+        sending, complete = 0.0, 0
         if receiver is not None:
+            start = time.perf_counter()
             vllm_hooks.flush()
             sending = time.perf_counter() - start
             for i in range(request["n"]):
                 trace = receiver.get(f"{request['seed']}-{i}", 10.0, request["new"])
                 complete += trace is not None
-        else:
-            sending = 0.0
         print(MARK + json.dumps({"steps": steps, "complete": complete, "sending": sending}),
               flush=True)  # fmt: skip
 
