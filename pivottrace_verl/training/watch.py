@@ -21,7 +21,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any
 
 import ray
@@ -53,6 +53,7 @@ class Watch:
         self._left = threading.Event()
         self._lock = threading.Lock()
         self._sending = threading.Lock()
+        self._inside = False
         self._said: str | None = None
         self._refused = False
         self._thread = threading.Thread(target=self._run, name="pivottrace-watch", daemon=True)
@@ -62,6 +63,7 @@ class Watch:
         self._handler = signal.signal(signal.SIGINT, self._interrupted)
         self._mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         self._thread.start()
+        self._inside = True
         return self
 
     def __exit__(
@@ -70,12 +72,9 @@ class Watch:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        while not self._left.is_set():
-            try:
-                with self._sending:
-                    self._left.set()
-            except KeyboardInterrupt as interrupt:
-                error = error or interrupt
+        self._inside = False
+        with self._sending:
+            self._left.set()
         signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
         if self._handler is not None:
             signal.signal(signal.SIGINT, self._handler)
@@ -92,9 +91,11 @@ class Watch:
         if self._said is not None:
             raise PivotTraceError(self._said) from error
 
-    def _interrupted(self, *_: object) -> None:
-        # One that was sent when the block was about to be left is for nobody.
-        if self._said is None or not self._left.is_set():
+    def _interrupted(self, _: int, frame: FrameType | None) -> None:
+        """Ours are for the block: what comes while it is entered comes again, and what comes while
+        it is left, from the first line of `__exit__` on, is said there."""
+        leaving = frame is not None and frame.f_code is Watch.__exit__.__code__
+        if self._said is None or (self._inside and not leaving):
             raise KeyboardInterrupt
 
     def look(self, timeout: float = 0.0) -> str | None:

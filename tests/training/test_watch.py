@@ -126,6 +126,29 @@ def test_an_interruption_never_reaches_what_comes_after_the_block(
     time.sleep(1.0)
 
 
+def test_an_interruption_never_comes_before_the_block(
+    worker_class: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = worker_class.remote()
+    refused = worker.watch.remote()
+    ray.wait([refused])
+    sent, kill = threading.Event(), signal.pthread_kill
+
+    def noted(thread: int, number: int) -> None:
+        kill(thread, number)
+        sent.set()
+
+    monkeypatch.setattr(signal, "pthread_kill", noted)
+    watching = watch.Watch({"agent-loop worker 0": lambda: refused})
+    start = watching._thread.start
+    watching._thread.start = lambda: (start(), sent.wait(10))
+    entered = False
+    with pytest.raises(PivotTraceError, match="cannot be compared"), watching:
+        entered = True
+        sleep()
+    assert entered
+
+
 def test_an_error_that_the_dead_process_caused_becomes_the_same_sentence(
     worker_class: Any,
 ) -> None:
