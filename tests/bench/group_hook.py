@@ -30,7 +30,7 @@ from pivottrace_verl.files import write_json_atomic
 from pivottrace_verl.training.client import Rollout
 from tests.group_hook import HookWorker, Verl
 
-PROMPTS, ROLLOUTS, REPEATS = 64, 16, 5
+PROMPTS, ROLLOUTS, REPEATS = 64, 16, 25
 LENGTHS = (900, 8192)
 PARAMS = {"temperature": 1.0, "top_p": 1.0, "logprobs": True}
 
