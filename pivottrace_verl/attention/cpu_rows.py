@@ -74,7 +74,8 @@ class StepRows:
     @cached_property
     def n_keys(self) -> int:
         """How many keys the rows see, without a sliding window."""
-        return int(self.arrays[1].sum()) + len(self.arrays[1])
+        positions: list[int] = self.arrays[1].tolist()
+        return sum(positions) + len(positions)  # sooner there than numpy is
 
 
 @dataclass(frozen=True)
@@ -223,9 +224,14 @@ class _Threads:
         open_mp.omp_set_nested(nested)
         most = numba.config.NUMBA_NUM_THREADS if numba.threading_layer() == "omp" else 1
         self.number: int = min(n_threads, most)
+        self._all = self.number == numba.config.NUMBA_NUM_THREADS
 
     def run(self, many: bool, compiled: Callable[..., None], *arguments: Any) -> None:
         """Call it with its loops on all threads, if they are `many` enough; else on this one."""
+        if many and self._all:
+            # What numba does unasked. Asking takes locks, and as long as a tenth of a short step.
+            compiled(*arguments)
+            return
         before = self._get()  # of this thread
         self._set(self.number if many else 1)
         try:
