@@ -4,6 +4,7 @@ python -m tests.bench.attention_table            prints it
 python -m tests.bench.attention_table --write    puts it into README.md
 """
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes"))
 from readme_table import command_line
 
 RESULT = Path(__file__).resolve().parent / "results" / "attention.json"
+SLOWER = RESULT.with_name("attention_slower_machine.json")
 README = Path(__file__).resolve().parents[2] / "README.md"
 
 
@@ -67,6 +69,7 @@ def tables(found: dict[str, Any]) -> str:
     lines += [
         "",
         f"- Below what was wanted: {'; '.join(missed) or 'nothing'}.",
+        f"- {_elsewhere(json.loads(SLOWER.read_text()))}",
         f"- A finished request costs {_sending(found)} ms once, for reading and sending its trace.",
         "- Copies still lack their softmax, which comes afterwards and is not counted. A Hugging "
         f"Face eager forward with `output_attentions` over the first batch's tokens takes "
@@ -81,6 +84,24 @@ def tables(found: dict[str, Any]) -> str:
         + ".",
     ]
     return "\n".join(lines)
+
+
+def _elsewhere(found: dict[str, Any]) -> str:
+    """The same of another machine, in a sentence."""
+    parts = []
+    for dtype, batches in found["decoding"].items():
+        for name, batch in batches.items():
+            modes = batch["modes"]
+            parts.append(
+                f"{modes['layers_2']['speed_over_off']:.3f} and "
+                f"{modes['layers_4']['speed_over_off']:.3f} ({name}, {dtype}, "
+                f"{modes['off']['idle_step_ms']:.0f} ms, {modes['layers_2']['hooks_ms']:.2f} ms in "
+                "the hooks)"
+            )
+    return (
+        f"On a slower machine ({found['cores']} cores, {found['processor']}), with code that since "
+        f"became a little faster, 2 and 4 layers: {', '.join(parts)}."
+    )
 
 
 def _sending(found: dict[str, Any]) -> str:

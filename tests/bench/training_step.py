@@ -9,6 +9,9 @@ policy, seeds and prompts. Ours captures two layers, votes, follows the curricul
 its rollouts drift apart from ours as the rewards do, so tokens are given, too. Before either, one
 run of ours that is not measured writes down the prompts that the curriculum draws; stock verl
 reads them in that order. The first steps of a run, in which things are compiled, are left out.
+A step differs from the next by up to a half, as its rollouts do, and a run from the same run again
+by several per cent: `step_s` is the mean over the steps of each one's median over the runs, `ratio`
+that of ours over that of stock verl, and `each` the ratio of each pair of runs.
 A piece (one run) that is in DIR is not run again, so a killed benchmark goes on where it was.
 """
 
@@ -113,7 +116,6 @@ def summary(folder: Path) -> dict[str, Any]:
     steps = [entry["data"] for entry in read_lines(folder / "metrics.jsonl")][WARM:]
     seconds = [step["timing_s/step"] for step in steps]
     out: dict[str, Any] = {
-        "median_s": round(statistics.median(seconds), 4),
         "steps_s": [round(s, 4) for s in seconds],
         "tokens": round(statistics.mean(step["response_length/mean"] for step in steps), 2),
     }
@@ -136,14 +138,22 @@ def measure(work: Path, case: str, options: argparse.Namespace) -> dict[str, Any
                 sys.exit(f"error: {folder} trained on other batches than {drawn}.")
             runs[who].append(summary(folder))
             print(case, who, turn, runs[who][-1], flush=True)
-    median = {
-        who: statistics.median(run["median_s"] for run in found) for who, found in runs.items()
-    }
+    steps = {who: [run["steps_s"] for run in found] for who, found in runs.items()}
+    step_s = {who: typical_step(found) for who, found in steps.items()}
     return {
-        "ratio": round(median["ours"] / median["stock"], 4),
-        "step_s": {who: round(s, 4) for who, s in median.items()},
+        "ratio": round(step_s["ours"] / step_s["stock"], 4),
+        "each": [
+            round(sum(ours) / sum(stock), 4)
+            for ours, stock in zip(steps["ours"], steps["stock"], strict=True)
+        ],
+        "step_s": {who: round(s, 4) for who, s in step_s.items()},
         "runs": runs,
     }
+
+
+def typical_step(runs: list[list[float]]) -> float:
+    """Mean over the steps of each one's median over the runs, in seconds."""
+    return statistics.mean(map(statistics.median, zip(*runs, strict=True)))
 
 
 def main() -> None:
