@@ -18,6 +18,7 @@ Axes: N rows of a step, H query heads, H_kv key heads, D head size, F features.
 """
 
 import functools
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -47,10 +48,10 @@ from pivottrace_verl.attention.support import key_layout, score_rule, sliding_wi
 from pivottrace_verl.attention.task import Task
 from pivottrace_verl.pivots import FEATURES
 
-NEVER = torch.iinfo(torch.long).max
-_NO_BATCH: tuple[list[str], tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = (
+NEVER = np.iinfo(np.int64).max
+_NO_BATCH: tuple[list[str], tuple[list[int], np.ndarray, np.ndarray]] = (
     [],
-    (torch.empty(0), torch.empty(0), torch.empty(0)),
+    ([], np.empty(0), np.empty(0)),
 )
 
 
@@ -64,7 +65,7 @@ class Step:
     """[N] which of the batch's tokens are the rows; None for all."""
     rows: StepRows
     slots: torch.Tensor
-    owners: torch.Tensor
+    owners: np.ndarray
     layers_done: int = 0
 
 
@@ -237,7 +238,7 @@ class Capture:
             expected = dense_row(
                 query[end - 1],
                 key[start:end],
-                int(step.rows.starts[row]),
+                int(step.rows.arrays[2][row]),
                 self._rules[position],
                 self._windows[position],
                 self.task.config,
@@ -271,47 +272,52 @@ class Capture:
         """Which queries of this step are rows; None when there are none."""
         firsts, starts, owners = self._batch_rows()
         n = len(owners)
-        positions = metadata.seq_lens[:n].to(torch.long) - 1
-        table = metadata.block_table[:n]
-        tokens = None  # one query a request, in the batch's order
+        # Lists: where a step's weights have filled the processor's caches, any operation of torch
+        # or numpy takes some 10 us, and Python's own code is there already.
+        positions = [length - 1 for length in metadata.seq_lens.tolist()[:n]]
+        table = metadata.block_table.numpy()[:n]
+        tokens: list[int] | None = None  # one query a request, in the batch's order
         if metadata.max_query_len > 1 or self._drafts:
-            tokens = metadata.query_start_loc[1 : n + 1].to(torch.long) - 1
+            tokens = [end - 1 for end in metadata.query_start_loc.tolist()[1 : n + 1]]
             if self._drafts:
                 request, back = self._drafted()
-                tokens, positions = tokens[request] - back, positions[request] - back
-                firsts, starts = firsts[request], starts[request]
-                owners, table = owners[request], table[request]
-        wanted, batch = positions >= firsts, None
-        if not bool(wanted.all()):
-            batch = wanted.nonzero().squeeze(1)
-            if len(batch) == 0:
+                tokens = [tokens[i] - before for i, before in zip(request, back, strict=True)]
+                positions = [positions[i] - before for i, before in zip(request, back, strict=True)]
+                firsts = [firsts[i] for i in request]
+                starts, owners, table = starts[request], owners[request], table[request]
+        batch = None
+        if any(map(operator.lt, positions, firsts)):
+            wanted = map(operator.ge, positions, firsts)
+            batch = [number for number, asked in enumerate(wanted) if asked]
+            if not batch:
                 return None
-            tokens = batch if tokens is None else tokens[batch]
-            positions, starts = positions[batch], starts[batch]
-            table, owners = table[batch], owners[batch]
-        slots = metadata.slot_mapping[:n] if tokens is None else metadata.slot_mapping[tokens]
+            tokens = batch if tokens is None else [tokens[i] for i in batch]
+            positions = [positions[i] for i in batch]
+            starts, owners, table = starts[batch], owners[batch], table[batch]
+        at = np.array(positions, np.int64)
+        queries = None if tokens is None else torch.tensor(tokens)
         return Step(
-            batch=batch,
-            tokens=tokens,
-            rows=StepRows(table, positions, starts, self._kernel_block, self.task.config),
-            slots=slots.to(torch.long),
+            batch=None if batch is None else torch.tensor(batch),
+            tokens=queries,
+            rows=StepRows(table, at, starts, self._kernel_block, self.task.config),
+            slots=metadata.slot_mapping[slice(n) if queries is None else queries].to(torch.long),
             owners=owners,
         )
 
-    def _drafted(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _drafted(self) -> tuple[list[int], list[int]]:
         """Of each query that chooses a token in a step with drafts: its request in batch order, and
         how many queries of that request come after it. Ascending, as vLLM's logits are."""
         drafts = [len(self._drafts.get(id_, ())) for id_ in self.runner.input_batch.req_ids]
         back = [n - i for n in drafts for i in range(n + 1)]
         request = [number for number, n in enumerate(drafts) for _ in range(n + 1)]
-        return torch.tensor(request), torch.tensor(back)
+        return request, back
 
-    def _batch_rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _batch_rows(self) -> tuple[list[int], np.ndarray, np.ndarray]:
         """(positions that choose a first token, response starts, owners) in batch order, the first
         out of reach where a request did not ask; kept while the batch stays the same."""
         req_ids = self.runner.input_batch.req_ids
         if req_ids != self._batch[0]:
-            prompts, starts, owners = map(torch.from_numpy, self.tracker.rows_of(req_ids))
-            firsts = (prompts - 1).masked_fill(owners == NOBODY, NEVER)
+            prompts, starts, owners = self.tracker.rows_of(req_ids)
+            firsts = np.where(owners == NOBODY, NEVER, prompts - 1).tolist()
             self._batch = (list(req_ids), (firsts, starts, owners))
         return self._batch[1]

@@ -11,7 +11,6 @@ import ctypes
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,19 +39,21 @@ PROVED = 0.01
 
 
 class StepRows:
-    """The rows of one step, before any layer: block table [N, >= B], absolute positions [N] and
-    response starts [N], the position of each rollout's first generated token."""
+    """The rows of one step, before any layer: block table [N, >= B] int32, absolute positions [N]
+    int64 and response starts [N] int64, the position of each rollout's first generated token."""
 
     def __init__(
         self,
-        table: torch.Tensor,
-        positions: torch.Tensor,
-        starts: torch.Tensor,
+        table: np.ndarray,
+        positions: np.ndarray,
+        starts: np.ndarray,
         block_size: int,
         config: CaptureConfig,
     ) -> None:
-        self.starts = starts
-        self._tensors = table, positions, starts
+        self.arrays = np.ascontiguousarray(table), positions, starts
+        """What `layer_rows` takes of a step."""
+        self.n_keys = sum(positions.tolist()) + len(positions)  # sooner there than numpy is
+        """How many keys the rows see, without a sliding window."""
         self._block_size = block_size
         self._config = config
         self._plans: dict[int | None, RowPlan] = {}
@@ -60,22 +61,11 @@ class StepRows:
     def plan(self, sliding_window: int | None) -> RowPlan:
         """For `row_statistics`; made once for the layers that see equally far."""
         if sliding_window not in self._plans:
+            table, positions, starts = map(torch.from_numpy, self.arrays)
             self._plans[sliding_window] = plan_rows(
-                *self._tensors, self._block_size, self._config, sliding_window
+                table, positions, starts, self._block_size, self._config, sliding_window
             )
         return self._plans[sliding_window]
-
-    @cached_property
-    def arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(block table, positions, response starts) for `layer_rows`."""
-        table, positions, starts = (tensor.contiguous().numpy() for tensor in self._tensors)
-        return table, positions, starts
-
-    @cached_property
-    def n_keys(self) -> int:
-        """How many keys the rows see, without a sliding window."""
-        positions: list[int] = self.arrays[1].tolist()
-        return sum(positions) + len(positions)  # sooner there than numpy is
 
 
 @dataclass(frozen=True)
@@ -118,8 +108,8 @@ class CompiledRows:
         pages = torch.randn(3, *cache.shape[1:], generator=generator).to(cache.dtype)
         shape = (2, layer.n_heads, cache.shape[3] // 2)
         query = torch.randn(shape, generator=generator).to(cache.dtype)
-        table = torch.tensor([[2, 1], [1, 0]], dtype=torch.int32)
-        positions = torch.tensor([block_size + 5, block_size - 2])
+        table = np.array([[2, 1], [1, 0]], np.int32)
+        positions = np.array([block_size + 5, block_size - 2], np.int64)
         step = StepRows(table, positions, positions - 3, block_size, self._config)
         slots = torch.tensor([3, 1])
         stats = torch.zeros(4, len(self.layers), len(layer.groups), len(FEATURES))

@@ -61,9 +61,9 @@ class SlotStore:
         """Token statistics [N, K]."""
         self.tokens.index_copy_(0, slots, tokens)
 
-    def own(self, slots: torch.Tensor, owners: torch.Tensor) -> None:
+    def own(self, slots: torch.Tensor, owners: np.ndarray) -> None:
         """Last write of a step: whose rows [N] these now are."""
-        self.owner.index_copy_(0, slots, owners)
+        self.owner.numpy()[slots.numpy()] = owners
 
     def read(self, slots: np.ndarray, owner: int) -> tuple[np.ndarray, np.ndarray, int]:
         """stats [T, L, H, F], token statistics [T, K], and how many rows are not this owner's."""

@@ -54,7 +54,7 @@ class Engine:
         *_, owners = self.tracker.rows_of([req_id])
         tokens = torch.tensor([[-value, 2 * value]])
         self.store.write_tokens(slots, tokens)
-        self.store.own(slots, torch.from_numpy(owners))
+        self.store.own(slots, owners)
         state.output_token_ids.append(0)
 
 
@@ -204,7 +204,7 @@ class Stage(Engine):
         *_, owners = self.tracker.rows_of([req_id])
         tokens = torch.tensor([[-value, 2 * value]])
         self.store.write_tokens(slots, tokens)
-        self.store.own(slots, torch.from_numpy(owners))
+        self.store.own(slots, owners)
 
 
 def test_rows_are_counted_as_scheduled_where_output_tokens_are_not_known():

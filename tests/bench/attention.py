@@ -174,6 +174,7 @@ def eager_seconds(model: Path, batch: tuple[int, int, int], vocabulary: int) -> 
 
 def context_cost(shape: dict[str, Any], contexts: list[int], n: int) -> dict[str, Any]:
     """The time of one layer's rows, for `n` rows of the shape, as the context grows."""
+    import numpy as np
     import torch
 
     from pivottrace_verl.attention.config import CaptureConfig
@@ -189,8 +190,8 @@ def context_cost(shape: dict[str, Any], contexts: list[int], n: int) -> dict[str
     for context in contexts:
         blocks = context // block
         cache = torch.randn(n * blocks, shape["num_key_value_heads"], block, 2 * size)
-        table = torch.randperm(n * blocks).view(n, blocks)
-        positions = torch.full((n,), context - 1)
+        table = torch.randperm(n * blocks).int().view(n, blocks).numpy()
+        positions = np.full(n, context - 1)
         step = StepRows(table, positions, positions // 4, block, CaptureConfig())
         layer = LayerRows("columns", rule, None, (tuple(range(n_heads)),), n_heads)
         compiled = compiled_rows([cache], [layer], CaptureConfig())
