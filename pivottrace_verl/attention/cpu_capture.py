@@ -238,7 +238,7 @@ class Capture:
             expected = dense_row(
                 query[end - 1],
                 key[start:end],
-                int(step.rows.arrays[2][row]),
+                int(step.rows.starts[row]),
                 self._rules[position],
                 self._windows[position],
                 self.task.config,
@@ -294,12 +294,11 @@ class Capture:
             tokens = batch if tokens is None else [tokens[i] for i in batch]
             positions = [positions[i] for i in batch]
             starts, owners, table = starts[batch], owners[batch], table[batch]
-        at = np.array(positions, np.int64)
         queries = None if tokens is None else torch.tensor(tokens)
         return Step(
             batch=None if batch is None else torch.tensor(batch),
             tokens=queries,
-            rows=StepRows(table, at, starts, self._kernel_block, self.task.config),
+            rows=StepRows(table, positions, starts, self._kernel_block, self.task.config),
             slots=metadata.slot_mapping[slice(n) if queries is None else queries].to(torch.long),
             owners=owners,
         )

@@ -40,19 +40,20 @@ PROVED = 0.01
 
 class StepRows:
     """The rows of one step, before any layer: block table [N, >= B] int32, absolute positions [N]
-    int64 and response starts [N] int64, the position of each rollout's first generated token."""
+    and response starts [N] int64, the position of each rollout's first generated token."""
 
     def __init__(
         self,
         table: np.ndarray,
-        positions: np.ndarray,
+        positions: Sequence[int],
         starts: np.ndarray,
         block_size: int,
         config: CaptureConfig,
     ) -> None:
-        self.arrays = np.ascontiguousarray(table), positions, starts
+        self.starts = starts
+        self.arrays = np.ascontiguousarray(table), np.array(positions, np.int64), starts
         """What `layer_rows` takes of a step."""
-        self.n_keys = sum(positions.tolist()) + len(positions)  # sooner there than numpy is
+        self.n_keys = sum(positions) + len(positions)
         """How many keys the rows see, without a sliding window."""
         self._block_size = block_size
         self._config = config
@@ -109,8 +110,8 @@ class CompiledRows:
         shape = (2, layer.n_heads, cache.shape[3] // 2)
         query = torch.randn(shape, generator=generator).to(cache.dtype)
         table = np.array([[2, 1], [1, 0]], np.int32)
-        positions = np.array([block_size + 5, block_size - 2], np.int64)
-        step = StepRows(table, positions, positions - 3, block_size, self._config)
+        positions = [block_size + 5, block_size - 2]
+        step = StepRows(table, positions, np.array(positions) - 3, block_size, self._config)
         slots = torch.tensor([3, 1])
         stats = torch.zeros(4, len(self.layers), len(layer.groups), len(FEATURES))
         self.write_rows(place, query, pages, step, stats, slots)

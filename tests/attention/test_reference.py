@@ -166,9 +166,7 @@ def test_paged_rows_equal_dense_rows(
     if layout != "strided":
         groups = tuple((head,) for head in range(n_heads))
         compiled = make_compiled(layout, rule, sliding_window, groups, n_heads, config)
-        step = StepRows(
-            table[rows].numpy(), np.array(positions), np.array(prompts), block_size, config
-        )
+        step = StepRows(table[rows].numpy(), positions, np.array(prompts), block_size, config)
         for many in (True, False):
             step.n_keys = MANY_PRODUCTS if many else 0
             found = compiled_rows_of(compiled, query, pages.cache, step)
@@ -182,7 +180,7 @@ def test_compiled_rows_average_the_heads_of_each_group_and_read_bfloat16():
         _, pages, table = make_pages([100, 70], 2, 32, 32, 0, layout)
         half = PagedKeys(pages.cache.bfloat16(), layout)
         query = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(1)).bfloat16()
-        step = StepRows(table.numpy(), np.array([99, 40]), np.array([10, 60]), 32, config)
+        step = StepRows(table.numpy(), [99, 40], np.array([10, 60]), 32, config)
         rows = row_statistics(query, half, step.plan(None), RULE)
         compiled = make_compiled(layout, RULE, None, groups, 6, config)
         found = compiled_rows_of(compiled, query, half.cache, step)

@@ -191,8 +191,8 @@ def context_cost(shape: dict[str, Any], contexts: list[int], n: int) -> dict[str
         blocks = context // block
         cache = torch.randn(n * blocks, shape["num_key_value_heads"], block, 2 * size)
         table = torch.randperm(n * blocks).int().view(n, blocks).numpy()
-        positions = np.full(n, context - 1)
-        step = StepRows(table, positions, positions // 4, block, CaptureConfig())
+        starts = np.full(n, (context - 1) // 4)
+        step = StepRows(table, [context - 1] * n, starts, block, CaptureConfig())
         layer = LayerRows("columns", rule, None, (tuple(range(n_heads)),), n_heads)
         compiled = compiled_rows([cache], [layer], CaptureConfig())
         assert compiled is not None
